@@ -1,0 +1,256 @@
+"""Question pairs from file to batch: read, check, phrase as a cloze, tokenize, group by length."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
+ANSWERS = ("no", "yes")  # class 0, class 1
+LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
+POOL = 100  # batches that are sorted by length together
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message is one sentence."""
+
+
+@dataclass
+class Pairs:
+    """The usable rows of a question-pair file, and the lines left out, by reason."""
+
+    path: Path
+    ids: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+    second: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)  # empty for a file without labels
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One line: how many rows were read, how many left out, why and where."""
+        text = f"{self.path}: {len(self.ids):,} pairs"
+        for reason, lines in self.left_out.items():
+            where = ", ".join(map(str, lines[:10]))
+            more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+            text += f"; left out {len(lines)} with {reason} (line {where}{more})"
+        return text
+
+
+@dataclass
+class TokenizedPairs:
+    """Prompts as token ids end to end: row i is `lengths[i]` tokens from `starts[i]` on."""
+
+    ids: list[str]
+    labels: np.ndarray | None  # int64 [N]
+    tokens: np.ndarray  # int32
+    starts: np.ndarray  # int64 [N]
+    lengths: np.ndarray  # int64 [N]
+    shortened: int  # how many prompts were too long for the model
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
+    """Read a tab-separated file: columns id, sentence1, sentence2 and, if labelled, is_duplicate.
+
+    `limit` keeps only the first so many usable rows. Raises DataError for an unusable file.
+    """
+    path = Path(path)
+    lines = _read_text(path).split("\n")
+    header = [name.strip() for name in _parse(lines[0]) or []]
+    wanted = ["id", "sentence1", "sentence2"] + ["is_duplicate"] * labelled
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}: its first line must be a tab-separated "
+            f"header with {', '.join(wanted)}"
+        )
+    columns = [header.index(name) for name in wanted]
+    pairs = Pairs(path)
+    for line_number, row in _records(lines, len(header)):
+        if limit is not None and len(pairs.ids) == limit:
+            break
+        values = [row[column].strip() for column in columns] if row else []
+        fault = _fault(values)
+        if fault:
+            pairs.left_out.setdefault(fault, []).append(line_number)
+            continue
+        pairs.ids.append(values[0])
+        pairs.first.append(values[1])
+        pairs.second.append(values[2])
+        pairs.labels.extend(LABELS[label] for label in values[3:])
+    if not pairs.ids:
+        raise DataError(f"no usable row in {pairs.summary()}")
+    return pairs
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: see data/README.md for where to get it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    return text.replace("\r\n", "\n")
+
+
+def _parse(text: str) -> list[str] | None:
+    """The fields of one record, None where a quote stays open; no field where it is no record."""
+    try:
+        rows = list(csv.reader([text, "next"], delimiter="\t"))
+    except csv.Error:
+        return []
+    return rows[0] if len(rows) == 2 else None
+
+
+def _records(lines: list[str], n_fields: int) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of each record after the header; no fields for a faulty one.
+
+    A quoted question may run over several lines, but a stray quote costs its own line only, not
+    all up to the next quote in the file.
+    """
+    i = 1
+    while i < len(lines):
+        for length in range(1, LONGEST_RECORD + 1):
+            row = _parse("\n".join(lines[i : i + length]))
+            if row is not None:
+                break
+        if row is None or len(row) != n_fields or any("\t" in value for value in row):
+            row, length = [], 1
+        if lines[i].strip():
+            yield i + 1, row
+        i += length
+
+
+def _fault(values: list[str]) -> str | None:
+    if not values:
+        return "a wrong number of fields"
+    if not (values[1] and values[2]):
+        return "an empty question"
+    if len(values) == 4 and not values[3]:
+        return "no label"
+    if len(values) == 4 and values[3] not in LABELS:
+        return "a label other than 0 and 1"
+    return None
+
+
+def make_prompt(first: str, second: str) -> str:
+    """The cloze, byte for byte the course's, of two raw questions."""
+    return PROMPT.format(_normalize(first), _normalize(second))
+
+
+def _normalize(text: str) -> str:
+    text = text.lower()
+    for mark in ".?,'":
+        text = text.replace(mark, f" {mark}")
+    return " ".join(text.split())
+
+
+def answer_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
+    """The token ids of "no" and "yes"; raises DataError where the vocabulary splits one of them."""
+    ids = [tokenizer.backend_tokenizer.encode(answer).ids for answer in ANSWERS]
+    for answer, tokens in zip(ANSWERS, ids, strict=True):
+        if len(tokens) != 1:
+            raise DataError(
+                f'the tokenizer makes {len(tokens)} tokens of "{answer}", the cloze needs one'
+            )
+    return ids[0][0], ids[1][0]
+
+
+def tokenize_pairs(
+    pairs: Pairs, tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> TokenizedPairs:
+    """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
+    encode = tokenizer.backend_tokenizer.encode_batch_fast
+    tokens, lengths, shortened = [], [], 0
+    for start in range(0, len(pairs.ids), 8192):  # bounds the encoder's own objects to some MB
+        part = slice(start, start + 8192)
+        questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
+        rows = [encoding.ids for encoding in encode([make_prompt(*pair) for pair in questions])]
+        for i, ids in enumerate(rows):
+            if len(ids) > max_length:
+                rows[i] = _shorten(*questions[i], encode, max_length)
+                shortened += 1
+        tokens.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
+        lengths += map(len, rows)
+    ends = np.cumsum(lengths)
+    return TokenizedPairs(
+        ids=pairs.ids,
+        labels=np.asarray(pairs.labels) if pairs.labels else None,
+        tokens=np.concatenate(tokens),
+        starts=ends - lengths,
+        lengths=np.asarray(lengths),
+        shortened=shortened,
+    )
+
+
+def _shorten(first: str, second: str, encode, max_length: int) -> list[int]:
+    """Ids of the longest prompt that fits, the longer question cut first, then both."""
+    questions = (_normalize(first), _normalize(second))
+
+    def ids(size: int) -> list[int]:
+        return encode([PROMPT.format(*(text[:size] for text in questions))])[0].ids
+
+    fits, too_long = 0, max(map(len, questions))
+    if len(ids(fits)) > max_length:
+        raise DataError(f"a model of {max_length} positions cannot hold even an empty prompt")
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        fits, too_long = (middle, too_long) if len(ids(middle)) <= max_length else (fits, middle)
+    return ids(fits)
+
+
+class PairBatches:
+    """Training batches of nearly equal lengths, so that hardly anything is padding."""
+
+    unit = "pair"
+
+    def __init__(self, data: TokenizedPairs, batch_size: int, seed: int):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.n_examples = len(data)
+
+    def __len__(self) -> int:
+        return -(-self.n_examples // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
+        """All pairs once, in an order that seed and epoch fix."""
+        generator = np.random.default_rng([self.seed, number])
+        order = generator.permutation(self.n_examples)
+        batches = []
+        for start in range(0, len(order), POOL * self.batch_size):
+            pool = order[start : start + POOL * self.batch_size]
+            pool = pool[np.argsort(self.data.lengths[pool], kind="stable")]
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        for i in generator.permutation(len(batches)):
+            yield make_batch(self.data, batches[i])
+
+
+def prediction_batches(data: TokenizedPairs, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """All pairs once, the longest first, so that one too many for the memory fails at once."""
+    order = np.argsort(-data.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield make_batch(data, order[start : start + batch_size])
+
+
+def make_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` [B,T], padded on the right; `rows` [B]; `labels` [B] if known."""
+    lengths = data.lengths[rows]
+    positions = np.arange(lengths.max())
+    mask = positions < lengths[:, None]  # [B,T]
+    ids = data.tokens.take(data.starts[rows, None] + positions, mode="clip") * mask
+    batch = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
+    batch["rows"] = rows
+    if data.labels is not None:
+        batch["labels"] = data.labels[rows]
+    return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,169 @@
+"""The training loop: accumulation, schedule, a dev pass an epoch, early stopping."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from finetune.early_stopping import EarlyStopper
+from finetune.runtime import RunError, Runtime
+
+Batch = dict[str, Tensor]
+
+SCHEDULES = {  # name -> share of the learning rate at progress 0..1 after warm-up
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
+}
+
+
+class Batches(Protocol):
+    """Training data: `len()` batches an epoch, in an order of its own in every epoch."""
+
+    unit: str  # what an example is called
+    n_examples: int
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast to train; an optimizer step takes `grad_accum` batches."""
+
+    epochs: int = 3
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    grad_accum: int = 1
+    grad_clip: float = 0.0  # largest gradient norm, 0 is off
+    lr_schedule: str = "constant"
+    warmup_ratio: float = 0.0
+
+
+@dataclass
+class Throughput:
+    """What was trained on, and how long that took without the dev passes."""
+
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0  # real ones, padding not counted
+
+    def summary(self) -> dict[str, float]:
+        """Seconds and rates, as the metrics file names them."""
+        return {
+            "train_seconds": round(self.seconds, 2),
+            "examples_per_second": round(self.examples / self.seconds, 2),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+        }
+
+
+def fit(
+    model: nn.Module,
+    loss_function: Callable[[nn.Module, Batch], Tensor],
+    train_batches: Batches,
+    evaluate: Callable[[], dict[str, float]],
+    save_best: Callable[[dict[str, Any]], None],
+    config: FitConfig,
+    stopper: EarlyStopper,
+    runtime: Runtime,
+) -> tuple[list[dict[str, Any]], Throughput]:
+    """Train what requires a gradient; returns the history, a record an epoch, and the throughput.
+
+    `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
+    epoch the best so far. Raises RunError where the loss is not finite.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config, len(train_batches)))
+    scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
+    history, throughput = [], Throughput()
+
+    def step() -> None:
+        if config.grad_clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(trainable, config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        schedule.step()
+
+    def backward(batch: Batch, n_accumulated: int) -> Tensor:
+        with runtime.autocast():
+            loss = loss_function(model, runtime.to_device(batch))
+        scaler.scale(loss / n_accumulated).backward()
+        return loss.detach()
+
+    for epoch in range(config.epochs):
+        model.train()
+        title = f"epoch {epoch + 1}/{config.epochs}"
+        train_loss = _train_epoch(
+            train_batches, epoch, title, backward, step, config.grad_accum, throughput
+        )
+        if not math.isfinite(train_loss):
+            raise RunError(f"{title}: the training loss is {train_loss}: try a lower --lr")
+        metrics = evaluate()
+        record = {"epoch": epoch + 1, "train_loss": train_loss}
+        record |= {f"dev_{name}": value for name, value in metrics.items()}
+        record["is_best"] = stopper.update(metrics)
+        history.append(record)
+        shown = " ".join(f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float))
+        print(f"{title}: {shown}{' (best)' if record['is_best'] else ''}")
+        if record["is_best"]:
+            save_best(record)
+        if stopper.should_stop:
+            print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")
+            break
+    return history, throughput
+
+
+def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: a straight warm-up, then the schedule."""
+    total = config.epochs * math.ceil(batches_per_epoch / config.grad_accum)
+    warmup = math.ceil(config.warmup_ratio * total)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup))
+
+    return factor
+
+
+def _train_epoch(
+    train_batches: Batches,
+    epoch: int,
+    title: str,
+    backward: Callable[[Batch, int], Tensor],
+    step: Callable[[], None],
+    grad_accum: int,
+    throughput: Throughput,
+) -> float:
+    """One pass over the data; returns the mean training loss of its examples."""
+    started = shown = time.perf_counter()
+    loss_sum, examples, n_batches = 0.0, 0, len(train_batches)
+    with tqdm(total=train_batches.n_examples, desc=title, unit=train_batches.unit) as bar:
+        for i, batch in enumerate(train_batches.epoch(epoch)):
+            in_group = min(grad_accum, n_batches - i // grad_accum * grad_accum)
+            size = len(batch["input_ids"])
+            loss_sum = loss_sum + size * backward(batch, in_group)  # stays on the device
+            if i % grad_accum == in_group - 1:
+                step()
+            examples += size
+            throughput.tokens += int(batch["attention_mask"].sum())
+            bar.update(size)
+            if time.perf_counter() - shown > 1:  # reading the loss makes a GPU wait
+                bar.set_postfix(loss=f"{float(loss_sum) / examples:.4f}", refresh=False)
+                shown = time.perf_counter()
+        train_loss = float(loss_sum) / examples
+        bar.set_postfix(loss=f"{train_loss:.4f}")
+    throughput.seconds += time.perf_counter() - started
+    throughput.examples += examples
+    return train_loss

@@ -1,0 +1,94 @@
+"""What a run stands on: random seeds, device, precision, and how it ends on an error."""
+
+import contextlib
+import random
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from datasets import DataError
+from models.pretrained import CheckpointError
+
+PRECISIONS = {  # name -> autocast type
+    "fp32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class RunError(ValueError):
+    """A run that cannot go on; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device of a run and the type its matrix products are computed in (None is float32)."""
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context for forward passes; parameters stay float32."""
+        return torch.autocast(
+            self.device.type,
+            self.autocast_dtype or torch.float32,
+            enabled=self.autocast_dtype is not None,
+        )
+
+    def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch on the device, by a copy that a GPU does not wait for."""
+        if self.device.type == "cpu":
+            return batch
+        pin = self.device.type == "cuda"
+        return {
+            name: (tensor.pin_memory() if pin else tensor).to(self.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+
+    def peak_memory_mb(self) -> float:
+        """Most memory the run has held: the GPU's allocations, or the process's resident set."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def make_runtime(use_gpu: bool, precision: str) -> Runtime:
+    """Choose the device (CUDA, else Apple's MPS, where a GPU is asked for) and the precision."""
+    if not use_gpu:
+        device = torch.device("cpu")
+    elif torch.cuda.is_available():
+        device = torch.device("cuda")
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+    else:
+        raise RunError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if native_bf16 else "fp16"
+    if precision == "fp16" and device.type != "cuda":
+        raise RunError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
+    return Runtime(device, PRECISIONS[precision])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, those of every GPU included."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; what a user can mend ends in one sentence and exit code 1."""
+    try:
+        main()
+    except (DataError, CheckpointError, RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

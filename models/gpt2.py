@@ -1,0 +1,105 @@
+"""GPT-2 (Radford et al. 2019): configuration, sizes and the transformer without a task head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.gpt2_layer import GPT2Layer
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """What this model reads of Hugging Face's GPT-2 `config.json`, under the same names."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+
+
+SIZES = {  # name -> width, layers, heads
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 24, 16),
+    "gpt2-large": (1280, 36, 20),
+    "gpt2-xl": (1600, 48, 25),
+    "gpt2-nano": (256, 4, 4),
+}
+
+
+class GPT2Model(nn.Module):
+    """Token and position embeddings, a stack of `GPT2Layer`, a final layer norm; output tied."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.word_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos_embedding = nn.Embedding(config.n_positions, config.n_embd)
+        self.embed_dropout = nn.Dropout(config.embd_pdrop)
+        self.gpt_layers = nn.ModuleList(
+            GPT2Layer(
+                config.n_embd,
+                config.n_head,
+                config.layer_norm_epsilon,
+                config.attn_pdrop,
+                config.resid_pdrop,
+            )
+            for _ in range(config.n_layer)
+        )
+        self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        right_padded: bool | None = None,
+    ) -> dict[str, Tensor]:
+        """`last_hidden_state` [B,T,C] and `last_token` [B,C], the state at the last real token.
+
+        `attention_mask` [B,T] is 1 on real tokens. Pass `right_padded=True` where every row is
+        known to be padded on the right: finding it out reads the mask, which makes a GPU wait.
+        """
+        T = input_ids.shape[1]
+        if T > self.config.n_positions:
+            raise ValueError(f"{T} tokens given, the model has {self.config.n_positions} positions")
+        visible = None
+        if attention_mask is not None and right_padded is None:
+            right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
+        if attention_mask is not None and not right_padded:
+            visible = _visible(attention_mask)
+            if position_ids is None:
+                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        if position_ids is None:
+            position_ids = torch.arange(T, device=input_ids.device)
+        h = self.embed_dropout(self.word_embedding(input_ids) + self.pos_embedding(position_ids))
+        for layer in self.gpt_layers:
+            h = layer(h, visible)
+        h = self.final_layer_norm(h)
+        return {"last_hidden_state": h, "last_token": _last_token(h, attention_mask)}
+
+    def hidden_state_to_token(self, h: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., C] by the tied word embedding."""
+        return F.linear(h, self.word_embedding.weight)
+
+
+def _visible(attention_mask: Tensor) -> Tensor:
+    """Causal and not padding, bool [B,1,T,T]; padding sees itself so that no row is empty."""
+    T = attention_mask.shape[1]
+    ones = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device)
+    real = attention_mask.bool()[:, None, None, :]  # [B,1,1,T]
+    return (ones.tril() & real) | torch.eye(T, dtype=torch.bool, device=ones.device)
+
+
+def _last_token(h: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is None:
+        return h[:, -1]
+    B, T = attention_mask.shape
+    last = (attention_mask * torch.arange(1, T + 1, device=h.device)).argmax(1)
+    return h[torch.arange(B, device=h.device), last]

@@ -1,0 +1,29 @@
+"""GPT-2 that answers the paraphrase cloze: is the next token "no" or "yes"?"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.gpt2 import GPT2Model
+
+
+class ParaphraseGPT(nn.Module):
+    """Logits of the two answers, class 0 "no" and class 1 "yes", from the last token's state."""
+
+    def __init__(self, gpt: GPT2Model, answer_ids: tuple[int, int]):
+        super().__init__()
+        self.gpt = gpt
+        self.register_buffer("answer_ids", torch.tensor(answer_ids), persistent=False)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool | None = None
+    ) -> Tensor:
+        """[B,2]; no other column of the vocabulary is computed. Arguments as for `GPT2Model`."""
+        h = self.gpt(input_ids, attention_mask, right_padded=right_padded)["last_token"]  # [B,C]
+        return F.linear(h, self.gpt.word_embedding(self.answer_ids))
+
+
+def paraphrase_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy, in nats, over the two answers of a batch from `datasets.make_batch`."""
+    logits = model(batch["input_ids"], batch["attention_mask"], right_padded=True)
+    return F.cross_entropy(logits.float(), batch["labels"])

@@ -1,0 +1,217 @@
+"""Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.gpt2 import SIZES, GPT2Config, GPT2Model
+
+if TYPE_CHECKING:
+    from transformers import GPT2TokenizerFast
+
+BUNDLED = Path(__file__).resolve().parent / "gpt2-nano"
+
+HF_NAMES = {  # ours -> Hugging Face's, within a layer and outside
+    "word_embedding": "wte",
+    "pos_embedding": "wpe",
+    "final_layer_norm": "ln_f",
+    "attention_layer_norm": "ln_1",
+    "self_attention.qkv": "attn.c_attn",
+    "attention_dense": "attn.c_proj",
+    "out_layer_norm": "ln_2",
+    "interm_dense": "mlp.c_fc",
+    "out_dense": "mlp.c_proj",
+}
+# Hugging Face keeps these four as Conv1D: [in, out], the transpose of a linear layer's weight.
+CONV1D_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
+# Causal masks that old checkpoints carry, and the output embedding, which is tied to `wte`.
+IGNORED = re.compile(r"^(h\.\d+\.attn\.(masked_)?bias|lm_head\.weight)$")
+HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or tokenizer that cannot be found or used; the message is one sentence."""
+
+
+def find_checkpoint(name_or_folder: str | Path) -> Path:
+    """The folder of a checkpoint: a folder as it is, the bundled one, or one of the hub's by name.
+
+    The Hugging Face cache is asked first. Raises CheckpointError where it is nowhere.
+    """
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    if name_or_folder == "gpt2-nano":
+        return BUNDLED
+    if name_or_folder not in SIZES:
+        raise CheckpointError(
+            f"{name_or_folder} is neither a folder nor one of the models {', '.join(SIZES)}"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        files = [hf_hub_download(name_or_folder, f, local_files_only=True) for f in HUB_FILES]
+    except OSError:
+        files = _download(str(name_or_folder))
+    return Path(files[0]).parent
+
+
+def _download(name: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [hf_hub_download(name, f, etag_timeout=5) for f in HUB_FILES]
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{name} is not in the Hugging Face cache and the hub did not answer "
+            f"({type(error).__name__}): pass --model_path FOLDER with a GPT-2 checkpoint, or "
+            "--model_size gpt2-nano for the bundled model"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> "GPT2TokenizerFast":
+    """The byte-level BPE tokenizer of a checkpoint folder."""
+    from transformers import GPT2TokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        for file in ("vocab.json", "merges.txt"):
+            if not (folder / file).exists():
+                raise CheckpointError(f"{folder} has no tokenizer: {file} is missing")
+    return GPT2TokenizerFast.from_pretrained(folder)
+
+
+def load_config(folder: Path) -> GPT2Config:
+    """Read `config.json`, refusing what this GPT-2 does not compute."""
+    path = folder / "config.json"
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no GPT-2 checkpoint: no config.json in it") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    required = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * given.get("n_embd", 0)),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in required.items():
+        if given.get(key, allowed[0]) not in allowed:
+            raise CheckpointError(f"{path}: {key} is {given[key]!r}, this GPT-2 has {allowed[0]!r}")
+    config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
+    if config.n_embd % config.n_head:
+        raise CheckpointError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
+    return config
+
+
+def load_gpt2(folder: Path) -> GPT2Model:
+    """The model of a checkpoint folder in float32, every name and shape checked."""
+    with torch.device("meta"):
+        model = GPT2Model(load_config(folder))
+    model.to_empty(device="cpu")
+    missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
+    unexpected = []
+    for path in _weight_files(folder):
+        for stored_name, tensor in _read_tensors(path):
+            name = stored_name.removeprefix("transformer.")
+            if name in missing:
+                _copy(missing.pop(name), tensor, f"{path}: {stored_name}", name)
+            elif not IGNORED.match(name):
+                unexpected.append(stored_name)
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{folder} does not fit its config.json: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}"
+        )
+    return model
+
+
+def save_gpt2(model: GPT2Model, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors` as `transformers.GPT2LMHeadModel` reads them."""
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_ctx": model.config.n_positions,
+        "bos_token_id": eos_token_id,
+        "eos_token_id": eos_token_id,
+        "tie_word_embeddings": True,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().to("cpu", dtype)
+        stored = hf_name(name)
+        tensor = tensor.T if CONV1D_WEIGHT.search(stored) else tensor
+        tensors[f"transformer.{stored}"] = tensor.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config | asdict(model.config), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hf_name(name: str) -> str:
+    """`gpt_layers.3.attention_dense.weight` -> `h.3.attn.c_proj.weight`."""
+    layer, inner = re.fullmatch(r"(?:gpt_layers\.(\d+)\.)?(.+)", name).groups()
+    module, kind = inner.rsplit(".", 1)
+    return ("" if layer is None else f"h.{layer}.") + f"{HF_NAMES[module]}.{kind}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return [folder / single]
+        if index.exists():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
+    raise CheckpointError(
+        f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
+    )
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one at a time, so that the file is never in memory as a whole."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            for name in names:
+                # Opened anew for each tensor: a closed file gives its mapped pages back.
+                with safe_open(path, framework="pt") as file:
+                    yield name, file.get_tensor(name)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name in list(state):
+                yield name, state.pop(name)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, FileNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as GPT-2 weights: {reason}") from error
+
+
+def _copy(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
+    if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
+        tensor = tensor.T
+    if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{where} is {tensor.dtype} {list(tensor.shape)}, the config.json beside it makes it "
+            f"a float of {list(parameter.shape)}"
+        )
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"

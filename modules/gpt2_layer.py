@@ -1,0 +1,30 @@
+"""One GPT-2 block: pre-norm attention and pre-norm feed-forward, each with a residual."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.attention import CausalSelfAttention
+
+
+class GPT2Layer(nn.Module):
+    """h = x + dense(attention(norm(x))), then h + out(gelu(interm(norm(h))))."""
+
+    def __init__(
+        self, n_embd: int, n_head: int, norm_eps: float, attn_pdrop: float, resid_pdrop: float
+    ):
+        super().__init__()
+        self.attention_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
+        self.self_attention = CausalSelfAttention(n_embd, n_head, attn_pdrop)
+        self.attention_dense = nn.Linear(n_embd, n_embd)
+        self.out_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
+        self.interm_dense = nn.Linear(n_embd, 4 * n_embd)
+        self.out_dense = nn.Linear(4 * n_embd, n_embd)
+        self.dropout = nn.Dropout(resid_pdrop)
+
+    def forward(self, h: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B,T,C] to [B,T,C]; the mask is the one of `CausalSelfAttention`."""
+        y = self.self_attention(self.attention_layer_norm(h), attention_mask)
+        h = h + self.dropout(self.attention_dense(y))
+        # The GPT-2 weights were trained with the tanh form of GELU; the exact form drifts by 1e-3.
+        y = F.gelu(self.interm_dense(self.out_layer_norm(h)), approximate="tanh")
+        return h + self.dropout(self.out_dense(y))

@@ -1,0 +1,111 @@
+"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), for a finished GPT-2."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.adapters import AdapterError, chosen_layers, freeze_base
+
+FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
+TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers get an adapter, and its rank, scale alpha/rank and dropout."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = TARGETS
+    layers: tuple[int, ...] | None = None  # None is every layer
+
+    def __post_init__(self):
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown or not self.targets:
+            raise AdapterError(f"LoRA targets {unknown}: allowed are {', '.join(TARGETS)}")
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise AdapterError(
+                f"LoRA rank {self.rank} has to be 1 or more, dropout {self.dropout} in [0, 1)"
+            )
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + b + (alpha/r) B A dropout(x), with A [R,in] random and B [out,R] zero at first.
+
+    A fused layer is several linear layers with one input. `parts` says which of them are adapted;
+    each has its own A and B, kept one below the other in `lora_A` and `lora_B`.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, parts: tuple[bool, ...] = (True,)):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.scale, self.parts = config.rank, config.alpha / config.rank, parts
+        self.merged = False
+        n, width = sum(parts), linear.out_features // len(parts)
+        self.dropout = nn.Dropout(config.dropout)
+        self.lora_A = nn.Parameter(self.weight.new_empty(n * config.rank, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(n * width, config.rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        z = F.linear(self.dropout(x), self.lora_A)  # [...,nR]
+        B = self._block_B().to(y.dtype)  # in-place operations are not autocast
+        y.flatten(0, -2).addmm_(z.flatten(0, -2), B.T, alpha=self.scale)
+        return y
+
+    def _block_B(self) -> Tensor:
+        """[out,nR]: each part's B in its own rows and columns, none for a part without one."""
+        if len(self.parts) == 1:
+            return self.lora_B
+        none = self.lora_B.new_zeros(self.out_features // len(self.parts), 0)
+        own = iter(self.lora_B.chunk(sum(self.parts)))
+        return torch.block_diag(*(next(own) if adapted else none for adapted in self.parts))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight; `forward` then costs what the plain layer costs."""
+        if not self.merged:
+            self.weight.addmm_(self._block_B(), self.lora_A, alpha=self.scale)
+            self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out of the weight again, exact to float rounding."""
+        if self.merged:
+            self.weight.addmm_(self._block_B(), self.lora_A, alpha=-self.scale)
+            self.merged = False
+
+
+def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:
+    """Swap the target layers of a loaded GPT-2 for LoRA ones and freeze all other weights."""
+    parts = tuple(name in config.targets for name in FUSED)
+    for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
+        layer = gpt.gpt_layers[index]
+        if any(parts):
+            layer.self_attention.qkv = LoRALinear(layer.self_attention.qkv, config, parts)
+        for name in config.targets:
+            if name not in FUSED:
+                setattr(layer, name, LoRALinear(getattr(layer, name), config))
+    freeze_base(gpt)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Merge every adapter into its weight."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo `merge_lora`."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.unmerge()
