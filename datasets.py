@@ -101,7 +101,8 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: see data/README.md for where to get it") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} is not UTF-8 text: line {line} cannot be read") from None
     return text.replace("\r\n", "\n")
 
 
@@ -244,7 +245,7 @@ def prediction_batches(data: TokenizedPairs, batch_size: int) -> Iterator[dict[s
 
 
 def make_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T], padded on the right; `rows` [B]; `labels` [B] if known."""
+    """`input_ids`, `attention_mask` [B,T] padded on the right, `rows` [B], `labels` [B] or none."""
     lengths = data.lengths[rows]
     positions = np.arange(lengths.max())
     mask = positions < lengths[:, None]  # [B,T]

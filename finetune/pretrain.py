@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from datasets import DataError
@@ -55,7 +55,6 @@ def main() -> None:
     print(f"{train.size:,} training tokens, {held_out.size:,} held out")
     n_embd, n_layer, n_head = SIZES[args.model_size]
     model = GPT2Model(GPT2Config(args.vocab_size, args.context, n_embd, n_layer, n_head))
-    init_weights(model)
     model.to(runtime.device)
     start = time.perf_counter()
     train_model(model, train, held_out, args, runtime)
@@ -108,17 +107,6 @@ def encode(tokenizer: ByteLevelBPETokenizer, text: list[str]) -> np.ndarray:
     """Token ids of all documents, an end-of-text token after each."""
     encodings = tokenizer.encode_batch([document + END_OF_TEXT for document in text])
     return np.concatenate([np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings])
-
-
-def init_weights(model: GPT2Model) -> None:
-    """GPT-2's own start: N(0, 0.02), less on what writes into the residual stream."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            into_residual = name.endswith(("attention_dense.weight", "out_dense.weight"))
-            std = 0.02 / math.sqrt(2 * model.config.n_layer) if into_residual else 0.02
-            nn.init.normal_(parameter, std=std)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
 
 
 class Muon(torch.optim.Optimizer):

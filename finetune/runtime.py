@@ -12,6 +12,7 @@ import torch
 
 from datasets import DataError
 from models.pretrained import CheckpointError
+from modules.adapters import AdapterError
 
 PRECISIONS = {  # name -> autocast type
     "fp32": None,
@@ -88,7 +89,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main; what a user can mend ends in one sentence and exit code 1."""
     try:
         main()
-    except (DataError, CheckpointError, RunError, OSError) as error:
+    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -39,8 +39,8 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.word_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.pos_embedding = nn.Embedding(config.n_positions, config.n_embd)
+        self.word_embedding = _embedding(config.vocab_size, config.n_embd)
+        self.pos_embedding = _embedding(config.n_positions, config.n_embd)
         self.embed_dropout = nn.Dropout(config.embd_pdrop)
         self.gpt_layers = nn.ModuleList(
             GPT2Layer(
@@ -53,6 +53,18 @@ class GPT2Model(nn.Module):
             for _ in range(config.n_layer)
         )
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if not self.word_embedding.weight.is_meta:
+            self._init_weights()
+
+    def _init_weights(self) -> None:
+        """GPT-2's own start: N(0, 0.02), less on what writes into the residual stream."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                into_residual = name.endswith(("attention_dense.weight", "out_dense.weight"))
+                scale = (2 * self.config.n_layer) ** -0.5 if into_residual else 1.0
+                nn.init.normal_(parameter, std=0.02 * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,
@@ -87,6 +99,11 @@ class GPT2Model(nn.Module):
     def hidden_state_to_token(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C] by the tied word embedding."""
         return F.linear(h, self.word_embedding.weight)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    # nn.Embedding's own start on the meta device imports 800 modules, which takes seconds.
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def _visible(attention_mask: Tensor) -> Tensor:

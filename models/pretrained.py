@@ -1,6 +1,7 @@
 """Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -65,11 +66,14 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
 
 
 def _download(name: str) -> list[str]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils import httpx
 
     try:
-        return [hf_hub_download(name, f, etag_timeout=5) for f in HUB_FILES]
-    except (OSError, RuntimeError) as error:
+        # Fails within seconds without a network, where a download retries for half a minute.
+        HfApi().model_info(name, timeout=5)
+        return [hf_hub_download(name, f) for f in HUB_FILES]
+    except (OSError, httpx.HTTPError) as error:
         raise CheckpointError(
             f"{name} is not in the Hugging Face cache and the hub did not answer "
             f"({type(error).__name__}): pass --model_path FOLDER with a GPT-2 checkpoint, or "
@@ -125,7 +129,7 @@ def load_gpt2(folder: Path) -> GPT2Model:
         for stored_name, tensor in _read_tensors(path):
             name = stored_name.removeprefix("transformer.")
             if name in missing:
-                _copy(missing.pop(name), tensor, f"{path}: {stored_name}", name)
+                _place(missing.pop(name), tensor, f"{path}: {stored_name}", name)
             elif not IGNORED.match(name):
                 unexpected.append(stored_name)
     if missing or unexpected:
@@ -181,15 +185,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one at a time, so that the file is never in memory as a whole."""
+    """Name and tensor, in an order in which file and model are never both in memory whole."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
+                sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in sorted(sizes, key=sizes.get, reverse=True):
                 # Opened anew for each tensor: a closed file gives its mapped pages back.
                 with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name).clone()
+                yield name, tensor
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name in list(state):
@@ -199,7 +204,7 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{path} cannot be read as GPT-2 weights: {reason}") from error
 
 
-def _copy(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
+def _place(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
     if tensor.shape != parameter.shape or not tensor.is_floating_point():
@@ -207,8 +212,7 @@ def _copy(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
             f"{where} is {tensor.dtype} {list(tensor.shape)}, the config.json beside it makes it "
             f"a float of {list(parameter.shape)}"
         )
-    with torch.no_grad():
-        parameter.copy_(tensor)
+    parameter.data = tensor.to(torch.float32).contiguous()
 
 
 def _some(names) -> str:

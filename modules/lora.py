@@ -51,6 +51,7 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(self.weight.new_empty(n * config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(n * width, config.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Create .venv and install the packages of requirements.txt; run again at any time.
+# With --test: install the test packages too and run the tests (further words go to pytest).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+if [[ $# -gt 0 && $1 != --test ]]; then
+    echo "usage: bash setup.sh [--test [PYTEST ARGUMENTS]]" >&2
+    exit 2
+fi
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "setup.sh needs Python 3.10 or newer; name it with PYTHON=/path/to/python" >&2
+    exit 1
+fi
+if ! "$python" -m venv .venv; then
+    echo "setup.sh: $python cannot make a virtual environment (on Debian: install python3-venv)" >&2
+    exit 1
+fi
+
+install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+# torch first and by its exact version, so that no other package draws in another build.
+install "$(grep '^torch==' requirements.txt)"
+install -r requirements.txt
+
+if [[ ${1:-} == --test ]]; then
+    install -r tests/requirements.txt
+    exec .venv/bin/python -m pytest "${@:2}"
+fi
+echo "Ready. Next: .venv/bin/python lora_paraphrase_detection.py --demo"

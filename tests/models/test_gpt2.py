@@ -1,0 +1,139 @@
+"""GPT2Model against `transformers`' GPT2Model in float32."""
+
+import pytest
+import torch
+import transformers
+
+from models.gpt2 import SIZES, GPT2Config, GPT2Model
+from models.pretrained import load_gpt2
+from tests.conftest import narrow_hf_model
+
+HEADS = sorted({n_head for _, _, n_head in SIZES.values()})
+
+
+def masks(padding: str, n_rows: int, length: int) -> torch.Tensor:
+    """Rows of different lengths down to one token, padded as asked."""
+    mask = torch.ones(n_rows, length, dtype=torch.long)
+    for row in range(n_rows if padding != "none" else 0):
+        n_real = max(1, length - row * length // (n_rows - 1))
+        if padding == "right":
+            mask[row, n_real:] = 0
+        elif padding == "left":
+            mask[row, : length - n_real] = 0
+    return mask
+
+
+def assert_same(hf, gpt, length: int, padding: str, n_rows: int = 3) -> None:
+    ids = torch.randint(0, hf.config.vocab_size, (n_rows, length))
+    mask = masks(padding, n_rows, length)
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if padding == "left" else None
+    with torch.no_grad():
+        theirs = hf(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+        ours = gpt(ids, mask if padding != "none" else None, positions)
+        logits = gpt.hidden_state_to_token(ours["last_hidden_state"])
+    real = mask.bool()
+    difference = (theirs.hidden_states[-1] - ours["last_hidden_state"])[real].abs().max()
+    assert difference < 1e-4
+    assert torch.equal(theirs.logits[real].argmax(-1), logits[real].argmax(-1))
+    last = length - 1 - mask.flip(1).argmax(1)
+    expected = ours["last_hidden_state"][torch.arange(n_rows), last]
+    assert torch.equal(ours["last_token"], expected)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("n_head", HEADS)
+def test_hidden_states_equal_transformers_for_every_head_count(n_head, padding, tmp_path):
+    hf = narrow_hf_model(n_head)
+    hf.save_pretrained(tmp_path)
+    gpt = load_gpt2(tmp_path).eval()
+    assert_same(hf, gpt, 17, padding)
+    assert_same(hf, gpt, 1, "none")
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    torch.manual_seed(1)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.04)).eval()
+    folder = tmp_path_factory.mktemp("full")
+    hf.save_pretrained(folder)
+    return hf, load_gpt2(folder).eval()
+
+
+@pytest.mark.parametrize(
+    ("length", "padding", "n_rows"),
+    [(1, "none", 2), (24, "none", 2), (24, "right", 3), (24, "left", 3), (1024, "none", 1)],
+)
+def test_hidden_states_equal_transformers_at_gpt2_size(full_size, length, padding, n_rows):
+    assert_same(*full_size, length, padding, n_rows)
+
+
+def test_left_padding_finds_its_positions_by_itself(gpt):
+    ids = torch.randint(0, 101, (3, 9))
+    mask = masks("left", 3, 9)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        given, found = gpt(ids, mask, positions), gpt(ids, mask)
+    assert torch.equal(given["last_token"], found["last_token"])
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_does_not_leak(gpt, padding):
+    ids, mask = torch.randint(0, 101, (3, 9)), masks(padding, 3, 9)
+    other = torch.where(mask.bool(), ids, (ids + 50) % 101)
+    with torch.no_grad():
+        assert torch.equal(gpt(ids, mask)["last_token"], gpt(other, mask)["last_token"])
+
+
+def test_a_mask_known_to_pad_on_the_right_gives_the_same(gpt):
+    ids, mask = torch.randint(0, 101, (3, 9)), masks("right", 3, 9)
+    with torch.no_grad():
+        found, told = gpt(ids, mask), gpt(ids, mask, right_padded=True)
+    assert torch.equal(found["last_token"], told["last_token"])
+
+
+def test_dropout_works_in_training_and_not_in_evaluation(gpt):
+    ids = torch.randint(0, 101, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
+        gpt.train()
+        assert not torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
+
+
+@pytest.mark.parametrize(
+    "where", ["embed_dropout", "gpt_layers.1.dropout", "gpt_layers.1.self_attention"]
+)
+def test_each_dropout_is_in_use(gpt, where):
+    gpt.get_submodule(where).train()
+    ids = torch.randint(0, 101, (2, 9))
+    with torch.no_grad():
+        assert not torch.equal(gpt(ids)["last_token"], gpt(ids)["last_token"])
+
+
+def test_more_tokens_than_positions_are_refused(gpt):
+    with pytest.raises(ValueError, match="65 tokens given, the model has 64 positions"):
+        gpt(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_sizes_are_gpt2s():
+    with torch.device("meta"):
+        counts = {
+            name: sum(
+                p.numel()
+                for p in GPT2Model(GPT2Config(50257, 1024, width, layers, heads)).parameters()
+            )
+            for name, (width, layers, heads) in SIZES.items()
+            if name != "gpt2-nano"
+        }
+    assert counts == {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }
+
+
+def test_a_fresh_model_starts_as_gpt2_does():
+    model = GPT2Model(GPT2Config(1000, 32, 64, 8, 4))
+    assert model.word_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.gpt_layers[0].out_dense.weight.std().item() == pytest.approx(0.005, rel=0.05)
+    assert model.gpt_layers[0].out_dense.bias.abs().sum() == 0

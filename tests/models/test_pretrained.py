@@ -1,0 +1,219 @@
+"""Reading and writing checkpoints, whole and broken."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from models.gpt2 import SIZES
+from models.pretrained import (
+    BUNDLED,
+    CheckpointError,
+    find_checkpoint,
+    load_gpt2,
+    load_tokenizer,
+    save_gpt2,
+)
+from tests.conftest import ROOT
+
+IDS = torch.tensor([[5, 99, 0, 42]])
+
+
+def logits(gpt) -> torch.Tensor:
+    with torch.no_grad():
+        return gpt.hidden_state_to_token(gpt.eval()(IDS)["last_hidden_state"])
+
+
+@pytest.fixture
+def expected(hf_model):
+    with torch.no_grad():
+        return hf_model(IDS).logits
+
+
+@pytest.mark.parametrize("names", ["base", "lm_head"])
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+def test_every_form_of_a_checkpoint_loads(hf_model, tmp_path, expected, form, names):
+    model = hf_model if names == "lm_head" else hf_model.transformer
+    if form == "bin":
+        model.config.save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        shard = "20KB" if form == "sharded" else "1GB"
+        model.save_pretrained(tmp_path, max_shard_size=shard)
+        assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (form == "sharded")
+    assert torch.allclose(logits(load_gpt2(tmp_path)), expected, atol=1e-5)
+
+
+def test_the_masks_of_old_checkpoints_are_passed_over(hf_folder, tmp_path, expected):
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.allclose(logits(load_gpt2(tmp_path)), expected, atol=1e-5)
+
+
+def test_half_precision_files_load_as_float32(hf_model, tmp_path):
+    hf_model.config.save_pretrained(tmp_path)
+    state = {k: v.half() for k, v in hf_model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert {p.dtype for p in load_gpt2(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved_loads_into_transformers(gpt, tmp_path, dtype):
+    save_gpt2(gpt, tmp_path, eos_token_id=100, dtype=dtype)
+    hf, report = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    with torch.no_grad():
+        theirs = hf.eval()(IDS).logits
+    assert torch.allclose(theirs, logits(load_gpt2(tmp_path)), atol=1e-4)
+
+
+def rewrite(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BROKEN = {
+    "missing h.1.mlp.c_fc.bias": lambda d: rewrite(
+        d, lambda t: t.pop("transformer.h.1.mlp.c_fc.bias")
+    ),
+    "unexpected transformer.h.9.mlp.c_fc.bias": lambda d: rewrite(
+        d, lambda t: t.update({"transformer.h.9.mlp.c_fc.bias": torch.zeros(2)})
+    ),
+    r"wte.weight is torch.float32 \[7, 32\], .* \[101, 32\]": lambda d: rewrite(
+        d, lambda t: t.update({"transformer.wte.weight": torch.zeros(7, 32)})
+    ),
+    "c_attn.weight is torch.int64": lambda d: rewrite(
+        d,
+        lambda t: t.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(32, 96).long()}),
+    ),
+    "activation_function is 'relu'": lambda d: edit_config(d, activation_function="relu"),
+    "tie_word_embeddings is False": lambda d: edit_config(d, tie_word_embeddings=False),
+    "model_type is 'llama'": lambda d: edit_config(d, model_type="llama"),
+    "n_embd 32 is no multiple of n_head": lambda d: edit_config(d, n_head=5),
+    "is not JSON": lambda d: (d / "config.json").write_text("{"),
+    "no config.json in it": lambda d: (d / "config.json").unlink(),
+    "has no weights": lambda d: (d / "model.safetensors").unlink(),
+    "cannot be read as GPT-2 weights": lambda d: os.truncate(d / "model.safetensors", 999),
+}
+
+
+@pytest.mark.parametrize("sentence", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sentence):
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    BROKEN[sentence](tmp_path)
+    with pytest.raises(CheckpointError, match=sentence) as error:
+        load_gpt2(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
+    hf_model.config.save_pretrained(tmp_path)
+    torch.save({"wte.weight": Evil(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read as GPT-2 weights"):
+        load_gpt2(tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(hf_folder):
+    with pytest.raises(CheckpointError, match=r"vocab.json is missing"):
+        load_tokenizer(hf_folder)
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(CheckpointError, match="neither a folder nor one of the models gpt2, gpt2-"):
+        find_checkpoint("gpt3")
+
+
+def test_no_network_is_told_within_seconds(tmp_path):
+    code = "from models.pretrained import find_checkpoint; find_checkpoint('gpt2')"
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | nowhere, capture_output=True
+    )
+    assert b"pass --model_path FOLDER" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - started < 60  # the hub's own retries alone take 24 s a file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
+    config = transformers.GPT2Config(n_layer=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    code = f"""
+import re
+from pathlib import Path
+from models.pretrained import BUNDLED, load_gpt2
+def kib(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+load_gpt2(BUNDLED)
+before = kib("VmRSS")
+model = load_gpt2(Path({str(tmp_path)!r}))
+weights = sum(p.numel() for p in model.parameters()) * 4 / 1024
+print((kib("VmHWM") - before) / weights)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert float(done.stdout) < 1.3
+
+
+def test_the_bundled_checkpoint_is_a_gpt2_for_transformers_too(nano_tokenizer):
+    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "README.md"]
+    assert sum((BUNDLED / name).stat().st_size for name in files) <= 12_000_000
+    assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= 12_000_000
+    gpt = load_gpt2(find_checkpoint("gpt2-nano")).eval()
+    config = gpt.config
+    assert (config.n_embd, config.n_layer, config.n_head) == SIZES["gpt2-nano"]
+    hf, report = transformers.GPT2LMHeadModel.from_pretrained(
+        BUNDLED, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(BUNDLED)
+    assert [len(tokenizer(word)["input_ids"]) for word in ("yes", "no")] == [1, 1]
+    assert tokenizer.eos_token_id == hf.config.eos_token_id == config.vocab_size - 1
+    ids = tokenizer("Shall I compare thee to a summer's day?\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        theirs = hf.eval()(ids).logits
+        ours = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
+    assert torch.allclose(theirs, ours, atol=1e-3)
+    assert torch.equal(theirs.argmax(-1), ours.argmax(-1))
+
+
+def test_the_bundled_checkpoint_is_as_good_as_its_card_says():
+    """The opening of Keats's Endymion; weights that went wrong somewhere give 4 bits a byte."""
+    gpt, tokenizer = load_gpt2(BUNDLED).eval(), load_tokenizer(BUNDLED)
+    text = (
+        "A thing of beauty is a joy for ever:\nIts loveliness increases; it will never\n"
+        "Pass into nothingness; but still will keep\nA bower quiet for us, and a sleep\n"
+        "Full of sweet dreams, and health, and quiet breathing.\n"
+    )
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        scores = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
+    loss = torch.nn.functional.cross_entropy(scores[0, :-1], ids[0, 1:], reduction="sum")
+    assert loss.item() / 0.6931 / len(text.encode()) < 2.6

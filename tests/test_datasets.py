@@ -1,0 +1,258 @@
+"""From file to batch: what is read, what is left out and said, what the model gets to see."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import (
+    DataError,
+    PairBatches,
+    answer_ids,
+    make_prompt,
+    prediction_batches,
+    read_pairs,
+    tokenize_pairs,
+)
+from tests.conftest import ROOT
+
+HEADER = "id\tsentence1\tsentence2\tis_duplicate\n"
+
+
+def write(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def rows(pairs):
+    return list(zip(pairs.ids, pairs.first, pairs.second, pairs.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEADER + "a\tOne?\tTwo?\t1.0\nb\tThree?\tFour?\t0.0\n",
+        HEADER + "a\tOne?\tTwo?\t1\nb\tThree?\tFour?\t0",
+        "\tid\tsentence1\tsentence2\tis_duplicate\n7\ta\tOne?\tTwo?\t1.0\n9\tb\tThree?\tFour?\t0.0\n",
+        "is_duplicate\tsentence2\tid\tsentence1\n1.0\tTwo?\ta\tOne?\n0.0\tFour?\tb\tThree?\n",
+        (HEADER + "a\t One? \tTwo?\t1.0 \nb\tThree?\tFour?\t0.0\n\n").replace("\n", "\r\n"),
+        "\ufeff" + HEADER + 'a\t"One?"\tTwo?\t1.0\nb\tThree?\tFour?\t0.0\n',
+    ],
+    ids=["course", "whole labels", "unnamed index", "other order", "crlf and blanks", "bom"],
+)
+def test_public_variants_read_the_same(tmp_path, text):
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert rows(pairs) == [("a", "One?", "Two?", 1), ("b", "Three?", "Four?", 0)]
+    assert pairs.left_out == {}
+
+
+def test_quotes_line_ends_and_odd_ids(tmp_path):
+    text = HEADER + (
+        '12 ab\t"""Is """"x"""" odd?"""\tA 12" disc?\t0.0\n'
+        '7,8\t"first line\nsecond line?"\tB?\t1.0\n'
+        "c\u2028d\tWhat\x0bnow?\tC?\t1.0\n"
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert rows(pairs) == [
+        ("12 ab", '"Is ""x"" odd?"', 'A 12" disc?', 0),
+        ("7,8", "first line\nsecond line?", "B?", 1),
+        ("c\u2028d", "What\x0bnow?", "C?", 1),
+    ]
+
+
+def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
+    text = HEADER + (
+        "a\tOne?\tTwo?\t1.0\n"  # line 2
+        "b\tNo label?\tNone?\t\n"
+        "c\tToo few fields?\t0.0\n"
+        "d\tToo\tmany\tfields\t1.0\n"
+        "e\t \tEmpty?\t1.0\n"
+        "f\tOdd label?\tYes?\t0.5\n"
+        '"g\tA stray quote?\tIt costs one line?\t1.0\n'  # line 8
+        "h\tFive?\tSix?\t0.0\n"
+        "i\tNo label?\tNone?\t  \n"
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert pairs.ids == ["a", "h"]
+    assert pairs.left_out == {
+        "no label": [3, 10],
+        "a wrong number of fields": [4, 5, 8],
+        "an empty question": [6],
+        "a label other than 0 and 1": [7],
+    }
+    summary = pairs.summary()
+    assert "2 pairs; left out 2 with no label (line 3, 10);" in summary
+    assert "left out 3 with a wrong number of fields (line 4, 5, 8)" in summary
+
+
+def test_a_test_file_needs_no_labels_and_ignores_them(tmp_path):
+    path = write(tmp_path, "id\tsentence1\tsentence2\na\tOne?\tTwo?\n")
+    assert read_pairs(path, labelled=False).labels == []
+    path = write(tmp_path, HEADER + "a\tOne?\tTwo?\t\n")
+    assert read_pairs(path, labelled=False).ids == ["a"]
+
+
+def test_limit_counts_usable_rows(tmp_path):
+    text = HEADER + "a\tOne?\tTwo?\t\nb\tOne?\tTwo?\t1\nc\tOne?\tTwo?\t1\nd\tOne?\tTwo?\t1\n"
+    assert read_pairs(write(tmp_path, text), labelled=True, limit=2).ids == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"id\tsentence1\tis_duplicate\na\tb\t1\n", "no column sentence2"),
+        (b"id,sentence1,sentence2,is_duplicate\n", "no column id, sentence1, sentence2"),
+        (b"", "no column id"),
+        (HEADER.encode(), "no usable row"),
+        (HEADER.encode() + b"a\tb\tc\t\n", r"no usable row.*left out 1 with no label \(line 2\)"),
+        (HEADER.encode() + "a\tcafé?\tb\t1\n".encode("latin-1"), "is not UTF-8 text: line 2"),
+        (HEADER.encode("utf-16"), "is not UTF-8 text: line 1"),
+    ],
+)
+def test_an_unusable_file_is_refused_in_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=sentence) as error:
+        read_pairs(path, labelled=True)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_pairs(tmp_path / "none.csv", labelled=True)
+
+
+def test_the_prompt_is_the_courses_byte_for_byte():
+    assert make_prompt("What's  a BEE?", "Bees, what are they...") == (
+        'Is "what \'s a bee ?" a paraphrase of "bees , what are they . . ."? Answer "yes" or "no": '
+    )
+
+
+def test_answers_are_class_0_no_and_class_1_yes(gpt2_tokenizer, nano_tokenizer):
+    assert answer_ids(gpt2_tokenizer) == (3919, 8505)
+    vocabulary = nano_tokenizer.get_vocab()
+    assert answer_ids(nano_tokenizer) == (vocabulary["no"], vocabulary["yes"])
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    generator = np.random.default_rng(0)
+    words = ["how", "do", "bees", "fly", "to", "the", "moon"]
+    text = HEADER
+    for i in range(500):
+        first, second = (" ".join(generator.choice(words, n)) for n in generator.integers(3, 40, 2))
+        text += f"{i}\t{first}?\t{second}?\t{i % 2}\n"
+    return read_pairs(write(tmp_path, text), labelled=True)
+
+
+def test_tokens_are_the_tokenizers(pairs, gpt2_tokenizer):
+    data = tokenize_pairs(pairs, gpt2_tokenizer, 1024)
+    for i in (0, 1, 250, 499):
+        expected = gpt2_tokenizer(make_prompt(pairs.first[i], pairs.second[i]))["input_ids"]
+        assert data.tokens[data.starts[i] :][: data.lengths[i]].tolist() == expected
+    assert len(data.tokens) == data.lengths.sum()
+    assert data.shortened == 0
+
+
+@pytest.mark.parametrize("max_length", [30, 48])
+def test_a_long_pair_loses_the_ends_of_its_questions_not_the_cue(
+    tmp_path, gpt2_tokenizer, max_length
+):
+    text = HEADER + f"a\tshort one?\t{'very ' * 300}long?\t1\nb\t{'x?' * 200}\t{'yes ' * 90}\t0\n"
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    data = tokenize_pairs(pairs, gpt2_tokenizer, max_length)
+    assert data.shortened == 2
+    for start, length in zip(data.starts, data.lengths, strict=True):
+        assert max_length - 8 <= length <= max_length
+        prompt = gpt2_tokenizer.decode(data.tokens[start : start + length])
+        assert prompt.endswith('"? Answer "yes" or "no": ')
+        assert prompt.startswith('Is "')
+    first = gpt2_tokenizer.decode(data.tokens[: data.lengths[0]])
+    assert first.startswith('Is "short one ?" a paraphrase of "very very')
+
+
+def test_a_model_too_short_for_the_prompt_is_refused(pairs, gpt2_tokenizer):
+    with pytest.raises(DataError, match="10 positions cannot hold even an empty prompt"):
+        tokenize_pairs(pairs, gpt2_tokenizer, 10)
+
+
+def test_an_epoch_has_every_pair_once_whole_and_labelled(pairs, nano_tokenizer):
+    data = tokenize_pairs(pairs, nano_tokenizer, 512)
+    batches = PairBatches(data, 12, seed=1)
+    seen = []
+    epoch = list(batches.epoch(0))
+    for batch in epoch:
+        assert batch["labels"].tolist() == [row % 2 for row in batch["rows"].tolist()]
+        for ids, mask, row in zip(
+            *(batch[k] for k in ("input_ids", "attention_mask", "rows")), strict=True
+        ):
+            n = int(mask.sum())
+            assert mask.tolist() == [1] * n + [0] * (len(mask) - n)
+            start = data.starts[row]
+            assert ids[:n].tolist() == data.tokens[start : start + data.lengths[row]].tolist()
+            seen.append(int(row))
+    assert sorted(seen) == list(range(500))
+    assert len(epoch) == len(batches) == 42
+
+
+def test_order_depends_on_seed_and_epoch_alone(pairs, nano_tokenizer):
+    data = tokenize_pairs(pairs, nano_tokenizer, 512)
+
+    def order(seed, epoch):
+        return torch.cat([b["rows"] for b in PairBatches(data, 12, seed).epoch(epoch)]).tolist()
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def padding_share(data, batch_size):
+    real = padded = 0
+    for batch in PairBatches(data, batch_size, seed=0).epoch(0):
+        real += int(batch["attention_mask"].sum())
+        padded += batch["attention_mask"].numel()
+    return 1 - real / padded
+
+
+@pytest.mark.parametrize("batch_size", [8, 12])
+def test_padding_on_real_pairs_is_under_five_percent(quora, gpt2_tokenizer, batch_size):
+    pairs = read_pairs(quora / "quora-train.csv", labelled=True)
+    assert len(pairs.ids) == 15_000
+    assert padding_share(tokenize_pairs(pairs, gpt2_tokenizer, 1024), batch_size) < 0.05
+
+
+def test_prediction_batches_hold_every_pair_once(pairs, nano_tokenizer):
+    data = tokenize_pairs(pairs, nano_tokenizer, 512)
+    batches = list(prediction_batches(data, 64))
+    assert sorted(torch.cat([b["rows"] for b in batches]).tolist()) == list(range(500))
+    assert batches[0]["input_ids"].shape[1] == data.lengths.max()
+
+
+def test_the_sample_pairs_are_what_their_readme_says(nano_tokenizer):
+    questions, groups = {}, set()
+    for name, least in (("train", 1200), ("dev", 200), ("test", 200)):
+        path = ROOT / "data" / f"sample-pairs-{name}.csv"
+        pairs = read_pairs(path, labelled=name != "test")
+        assert pairs.left_out == {}
+        assert len(pairs.ids) >= least
+        assert len(set(pairs.ids)) == len(pairs.ids)
+        if name != "test":
+            assert 0.35 <= np.mean(pairs.labels) <= 0.40
+        plain = {re.sub(r"\W+", " ", q.lower()).strip() for q in pairs.first + pairs.second}
+        assert not any(plain & other for other in questions.values())
+        questions[name] = plain
+        groups |= {pair_id.split("-")[0] for pair_id in pairs.ids}
+    assert len(groups) >= 400
+
+
+def test_the_courses_own_reader_reads_the_sample_pairs():
+    with open(ROOT / "data" / "sample-pairs-dev.csv", encoding="utf-8") as file:
+        theirs = [
+            (row["id"], row["sentence1"], row["sentence2"], int(float(row["is_duplicate"])))
+            for row in csv.DictReader(file, delimiter="\t")
+        ]
+    assert theirs == rows(read_pairs(ROOT / "data" / "sample-pairs-dev.csv", labelled=True))
