@@ -82,8 +82,8 @@ def main() -> None:
 
     # Load
     folder = find_checkpoint(args.model_path or args.model_size)
-    tokenizer = load_tokenizer(folder)
     gpt = load_gpt2(folder)
+    tokenizer = load_tokenizer(folder)
     train, dev, test = load_data(args, tokenizer, gpt.config.n_positions)
 
     # Build

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
 
 
@@ -41,7 +42,7 @@ class GPT2Model(nn.Module):
         self.config = config
         self.word_embedding = _embedding(config.vocab_size, config.n_embd)
         self.pos_embedding = _embedding(config.n_positions, config.n_embd)
-        self.embed_dropout = nn.Dropout(config.embd_pdrop)
+        self.embed_dropout = Dropout(config.embd_pdrop)
         self.gpt_layers = nn.ModuleList(
             GPT2Layer(
                 config.n_embd,

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.attention import CausalSelfAttention
+from modules.dropout import Dropout
 
 
 class GPT2Layer(nn.Module):
@@ -19,7 +20,7 @@ class GPT2Layer(nn.Module):
         self.out_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
         self.interm_dense = nn.Linear(n_embd, 4 * n_embd)
         self.out_dense = nn.Linear(4 * n_embd, n_embd)
-        self.dropout = nn.Dropout(resid_pdrop)
+        self.dropout = Dropout(resid_pdrop)
 
     def forward(self, h: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B,T,C] to [B,T,C]; the mask is the one of `CausalSelfAttention`."""

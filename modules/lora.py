@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters import AdapterError, chosen_layers, freeze_base
+from modules.dropout import Dropout
 
 FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
 TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
@@ -47,7 +48,7 @@ class LoRALinear(nn.Linear):
         self.rank, self.scale, self.parts = config.rank, config.alpha / config.rank, parts
         self.merged = False
         n, width = sum(parts), linear.out_features // len(parts)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.lora_A = nn.Parameter(self.weight.new_empty(n * config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(n * width, config.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

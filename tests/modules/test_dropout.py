@@ -1,0 +1,41 @@
+"""Dropout: share, scale, independence, gradient, reproducibility."""
+
+import pytest
+import torch
+
+from modules.dropout import Dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_share_and_scale(p):
+    torch.manual_seed(0)
+    y = Dropout(p)(torch.ones(400, 1001))
+    share = round(256 * p) / 256
+    assert (y == 0).float().mean().item() == pytest.approx(share, abs=0.003)
+    assert y.max().item() == pytest.approx(1 / (1 - share))
+    assert y.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_every_byte_of_a_word_is_random_by_itself():
+    torch.manual_seed(0)
+    dropped = (Dropout(0.5)(torch.ones(50_000, 8)) == 0).float()
+    assert (dropped.mean(0) - 0.5).abs().max() < 0.01
+    assert (torch.corrcoef(dropped.T) - torch.eye(8)).abs().max() < 0.02
+
+
+def test_the_gradient_goes_through_the_same_mask():
+    x = torch.ones(5, 77, requires_grad=True)
+    y = Dropout(0.3)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_a_seed_fixes_the_mask_and_evaluation_has_none():
+    x, dropout = torch.ones(9, 9), Dropout(0.5)
+    torch.manual_seed(1)
+    first = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(dropout(x), first)
+    assert dropout.eval()(x) is x
+    assert Dropout(0.0)(x) is x
