@@ -107,9 +107,12 @@ def fit(
         train_loss = _train_epoch(
             train_batches, epoch, title, backward, step, config.grad_accum, throughput
         )
-        if not math.isfinite(train_loss):
-            raise RunError(f"{title}: the training loss is {train_loss}: try a lower --lr")
-        metrics = evaluate()
+        metrics = evaluate() if math.isfinite(train_loss) else {}
+        if not metrics or not all(map(math.isfinite, metrics.values())):
+            raise RunError(
+                f"{title}: training loss {train_loss}, dev metrics {metrics}: a loss is not "
+                "finite, try a lower --lr"
+            )
         record = {"epoch": epoch + 1, "train_loss": train_loss}
         record |= {f"dev_{name}": value for name, value in metrics.items()}
         record["is_best"] = stopper.update(metrics)

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019): configuration, sizes and the transformer without a task head."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,13 @@ class GPT2Model(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> "GPT2Model":
+        """The model of a size in SIZES or of a checkpoint folder; see `models.pretrained`."""
+        from models.pretrained import find_checkpoint, load_gpt2
+
+        return load_gpt2(find_checkpoint(name_or_folder))
 
     def _init_weights(self) -> None:
         """GPT-2's own start: N(0, 0.02), less on what writes into the residual stream."""

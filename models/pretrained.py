@@ -1,5 +1,6 @@
 """Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
 
+import contextlib
 import json
 import math
 import pickle
@@ -44,35 +45,34 @@ class CheckpointError(ValueError):
 
 
 def find_checkpoint(name_or_folder: str | Path) -> Path:
-    """The folder of a checkpoint: a folder as it is, the bundled one, or one of the hub's by name.
+    """The folder of a checkpoint: that of a size in SIZES, or the one given.
 
-    The Hugging Face cache is asked first. Raises CheckpointError where it is nowhere.
+    All but the bundled size come from the Hugging Face cache, else from the hub. Raises
+    CheckpointError where there is no such folder or size, or the hub does not answer.
     """
-    if Path(name_or_folder).is_dir():
-        return Path(name_or_folder)
     if name_or_folder == "gpt2-nano":
         return BUNDLED
-    if name_or_folder not in SIZES:
+    if name_or_folder in SIZES:
+        return _find_on_hub(str(name_or_folder))
+    if not Path(name_or_folder).is_dir():
         raise CheckpointError(
             f"{name_or_folder} is neither a folder nor one of the models {', '.join(SIZES)}"
         )
-    from huggingface_hub import hf_hub_download
-
-    try:
-        files = [hf_hub_download(name_or_folder, f, local_files_only=True) for f in HUB_FILES]
-    except OSError:
-        files = _download(str(name_or_folder))
-    return Path(files[0]).parent
+    return Path(name_or_folder)
 
 
-def _download(name: str) -> list[str]:
+def _find_on_hub(name: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import httpx
 
+    with contextlib.suppress(OSError):
+        files = [hf_hub_download(name, file, local_files_only=True) for file in HUB_FILES]
+        return Path(files[0]).parent
     try:
         # Fails within seconds without a network, where a download retries for half a minute.
         HfApi().model_info(name, timeout=5)
-        return [hf_hub_download(name, f) for f in HUB_FILES]
+        files = [hf_hub_download(name, file) for file in HUB_FILES]
+        return Path(files[0]).parent
     except (OSError, httpx.HTTPError) as error:
         raise CheckpointError(
             f"{name} is not in the Hugging Face cache and the hub did not answer "

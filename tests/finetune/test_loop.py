@@ -141,6 +141,11 @@ def test_the_model_trains_in_training_mode_after_each_dev_pass():
     assert modes == [True] * 4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
-    with pytest.raises(RunError, match="training loss is nan: try a lower --lr"):
+def test_a_dev_loss_that_is_not_finite_stops_the_run_too():
+    with pytest.raises(RunError, match="'loss': nan"):
+        run([[1]], evaluate=lambda: {"loss": math.nan}, save=lambda record: pytest.fail("saved"))
+
+
+def test_a_training_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
+    with pytest.raises(RunError, match="training loss nan, .* a loss is not finite"):
         run([[math.nan]], save=lambda record: pytest.fail("saved"))

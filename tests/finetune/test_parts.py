@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import TokenizedPairs
 from finetune.arguments import number, whole
 from finetune.checkpoint import load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.files import replacing, write_text
-from finetune.metrics import paraphrase_metrics
+from finetune.metrics import paraphrase_logits, paraphrase_metrics
 from finetune.predictions import write_metrics, write_paraphrase_predictions
 from finetune.runtime import RunError, make_runtime, seed_everything
+from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import CheckpointError
 from modules.lora import LoRAConfig, add_lora
 
@@ -146,6 +148,27 @@ def test_a_seed_fixes_all_generators():
         return torch.rand(1).item(), np.random.rand()
 
     assert draw() == draw()
+
+
+def test_logits_are_in_the_order_of_the_file_and_without_dropout(gpt):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 150)
+    data = TokenizedPairs(
+        ids=[str(i) for i in range(150)],
+        labels=None,
+        tokens=rng.integers(0, 100, lengths.sum()).astype(np.int32),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        shortened=0,
+    )
+    model = ParaphraseGPT(gpt, (7, 40)).train()
+    logits = paraphrase_logits(model, data, make_runtime(False, "auto"), "test")
+    model.eval()
+    for row, (start, length) in enumerate(zip(data.starts, lengths, strict=True)):
+        ids = torch.from_numpy(data.tokens[start : start + length]).long()[None]
+        with torch.no_grad():
+            expected = model(ids, torch.ones_like(ids))[0]
+        assert torch.allclose(logits[row], expected, atol=1e-5)
 
 
 def test_paraphrase_metrics_by_hand():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,40 @@ def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
 def test_a_folder_without_a_tokenizer_is_refused(hf_folder):
     with pytest.raises(CheckpointError, match=r"vocab.json is missing"):
         load_tokenizer(hf_folder)
+
+
+def test_a_model_in_the_hugging_face_cache_needs_no_network(hf_folder, gpt2_tokenizer, tmp_path):
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "0123"
+    shutil.copytree(hf_folder, snapshot)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(Path(gpt2_tokenizer.name_or_path) / name, snapshot)
+    (tmp_path / "models--gpt2" / "refs").mkdir()
+    (tmp_path / "models--gpt2" / "refs" / "main").write_text("0123")
+    code = (
+        "from models.gpt2 import GPT2Model; print(GPT2Model.from_pretrained('gpt2').config.n_embd)"
+    )
+    cache = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | cache, capture_output=True
+    )
+    assert done.stdout == b"32\n", done.stderr
+
+
+def test_gpt2_from_the_hub_equals_transformers():
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import httpx
+
+    try:
+        HfApi().model_info("gpt2", timeout=3)
+    except (OSError, httpx.HTTPError) as error:
+        pytest.skip(f"the Hugging Face hub does not answer: {error}")
+    folder = find_checkpoint("gpt2")
+    ids = load_tokenizer(folder)("The capital of France is", return_tensors="pt")["input_ids"]
+    hf = transformers.GPT2LMHeadModel.from_pretrained("gpt2", dtype=torch.float32).eval()
+    gpt = load_gpt2(folder).eval()
+    with torch.no_grad():
+        ours = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
+        assert torch.allclose(ours, hf(ids).logits, atol=1e-3)
 
 
 def test_an_unknown_name_is_refused():
