@@ -25,7 +25,7 @@ def paraphrase_logits(
         batch = runtime.to_device(batch)
         with runtime.autocast():
             answer = model(batch["input_ids"], batch["attention_mask"], right_padded=True)
-        logits[batch["rows"]] = answer.float()
+        logits[batch["rows"]] = answer
     return logits.cpu()
 
 

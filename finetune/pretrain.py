@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import DataError
+from finetune.arguments import number, whole
 from finetune.runtime import Runtime, make_runtime, run, seed_everything
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import save_gpt2
@@ -33,14 +34,16 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="folder of UTF-8 *.txt files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--model_size", choices=SIZES, default="gpt2-nano")
-    parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument("--context", type=int, default=512, help="positions of the model, tokens")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of --context tokens a step")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--warmup_steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=11711)
+    parser.add_argument("--vocab_size", type=whole(300), default=8192)
+    parser.add_argument("--context", type=whole(8), default=512, help="positions of the model")
+    parser.add_argument(
+        "--batch_size", type=whole(1), default=8, help="rows of --context tokens a step"
+    )
+    parser.add_argument("--steps", type=whole(1), default=2800)
+    parser.add_argument("--warmup_steps", type=whole(1), default=100)
+    parser.add_argument("--lr", type=number(above=0), default=4e-3)
+    parser.add_argument("--weight_decay", type=number(least=0), default=0.1)
+    parser.add_argument("--seed", type=whole(0), default=11711)
     parser.add_argument("--use_gpu", action="store_true")
     return parser.parse_args()
 

@@ -34,11 +34,9 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context for forward passes; parameters stay float32."""
-        return torch.autocast(
-            self.device.type,
-            self.autocast_dtype or torch.float32,
-            enabled=self.autocast_dtype is not None,
-        )
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on the device, by a copy that a GPU does not wait for."""

@@ -18,12 +18,15 @@ class ParaphraseGPT(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool | None = None
     ) -> Tensor:
-        """[B,2]; no other column of the vocabulary is computed. Arguments as for `GPT2Model`."""
+        """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: `GPT2Model`'s."""
         h = self.gpt(input_ids, attention_mask, right_padded=right_padded)["last_token"]  # [B,C]
-        return F.linear(h, self.gpt.word_embedding(self.answer_ids))
+        answers = self.gpt.word_embedding(self.answer_ids)  # [2,C]
+        # No matrix product, which autocast would round: GPT-2's logits are about -100, where
+        # neighbouring bfloat16 numbers lie half a nat apart.
+        return (h.float()[:, None] * answers).sum(-1)
 
 
 def paraphrase_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean cross-entropy, in nats, over the two answers of a batch from `datasets.make_batch`."""
     logits = model(batch["input_ids"], batch["attention_mask"], right_padded=True)
-    return F.cross_entropy(logits.float(), batch["labels"])
+    return F.cross_entropy(logits, batch["labels"])

@@ -28,6 +28,14 @@ def test_class_1_is_yes(gpt):
         assert model(IDS, MASK).argmax(1).tolist() == [1, 1]
 
 
+def test_logits_are_float32_under_autocast_too(gpt):
+    model = ParaphraseGPT(gpt, (NO, YES)).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        answer = model(IDS, MASK)
+    assert answer.dtype == torch.float32
+    assert (answer != answer.bfloat16()).all()
+
+
 def test_loss_is_cross_entropy_of_the_labels(gpt):
     model = ParaphraseGPT(gpt, (NO, YES)).eval()
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([1, 0])}
