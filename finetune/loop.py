@@ -78,35 +78,12 @@ def fit(
     `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
     epoch the best so far. Raises RunError where the loss is not finite.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config, len(train_batches)))
-    scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
+    updater = Updater(model, loss_function, config, len(train_batches), runtime)
     history, throughput = [], Throughput()
-
-    def step() -> None:
-        if config.grad_clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(trainable, config.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        schedule.step()
-
-    def backward(batch: Batch, n_accumulated: int) -> Tensor:
-        with runtime.autocast():
-            loss = loss_function(model, runtime.to_device(batch))
-        scaler.scale(loss / n_accumulated).backward()
-        return loss.detach()
-
     for epoch in range(config.epochs):
         model.train()
         title = f"epoch {epoch + 1}/{config.epochs}"
-        train_loss = _train_epoch(
-            train_batches, epoch, title, backward, step, config.grad_accum, throughput
-        )
+        train_loss = _train_epoch(updater, train_batches, epoch, title, throughput)
         metrics = evaluate() if math.isfinite(train_loss) else {}
         if not metrics or not all(map(math.isfinite, metrics.values())):
             raise RunError(
@@ -127,6 +104,46 @@ def fit(
     return history, throughput
 
 
+class Updater:
+    """The optimizer with its schedule, clipping, accumulation and, for float16, loss scaling."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: Callable[[nn.Module, Batch], Tensor],
+        config: FitConfig,
+        batches_per_epoch: int,
+        runtime: Runtime,
+    ):
+        self.model, self.loss_function = model, loss_function
+        self.config, self.runtime = config, runtime
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trainable, lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lr_factor(config, batches_per_epoch)
+        )
+        self.scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
+
+    def backward(self, batch: Batch, n_accumulated: int) -> Tensor:
+        """Add a batch's gradient, its share in a step of `n_accumulated` batches; gives the loss."""
+        with self.runtime.autocast():
+            loss = self.loss_function(self.model, self.runtime.to_device(batch))
+        self.scaler.scale(loss / n_accumulated).backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        """Change the weights by the gradient gathered so far, and clear it."""
+        if self.config.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+
+
 def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], float]:
     """Factor of the learning rate at a step: a straight warm-up, then the schedule."""
     total = config.epochs * math.ceil(batches_per_epoch / config.grad_accum)
@@ -141,24 +158,19 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
 
 
 def _train_epoch(
-    train_batches: Batches,
-    epoch: int,
-    title: str,
-    backward: Callable[[Batch, int], Tensor],
-    step: Callable[[], None],
-    grad_accum: int,
-    throughput: Throughput,
+    updater: Updater, train_batches: Batches, epoch: int, title: str, throughput: Throughput
 ) -> float:
     """One pass over the data; returns the mean training loss of its examples."""
     started = shown = time.perf_counter()
     loss_sum, examples, n_batches = 0.0, 0, len(train_batches)
+    grad_accum = updater.config.grad_accum
     with tqdm(total=train_batches.n_examples, desc=title, unit=train_batches.unit) as bar:
         for i, batch in enumerate(train_batches.epoch(epoch)):
             in_group = min(grad_accum, n_batches - i // grad_accum * grad_accum)
             size = len(batch["input_ids"])
-            loss_sum = loss_sum + size * backward(batch, in_group)  # stays on the device
+            loss_sum = loss_sum + size * updater.backward(batch, in_group)  # stays on the device
             if i % grad_accum == in_group - 1:
-                step()
+                updater.step()
             examples += size
             throughput.tokens += int(batch["attention_mask"].sum())
             bar.update(size)

@@ -18,11 +18,11 @@ class ParaphraseGPT(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool | None = None
     ) -> Tensor:
-        """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: `GPT2Model`'s."""
+        """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: GPT2Model."""
         h = self.gpt(input_ids, attention_mask, right_padded=right_padded)["last_token"]  # [B,C]
         answers = self.gpt.word_embedding(self.answer_ids)  # [2,C]
-        # No matrix product, which autocast would round: GPT-2's logits are about -100, where
-        # neighbouring bfloat16 numbers lie half a nat apart.
+        # Not a matrix product, which autocast would round: near a logit of -100, say, bfloat16
+        # numbers are half a nat apart.
         return (h.float()[:, None] * answers).sum(-1)
 
 
