@@ -40,8 +40,10 @@ DEMO = {
     "para_train": DATA / "sample-pairs-train.csv",
     "para_dev": DATA / "sample-pairs-dev.csv",
     "para_test": DATA / "sample-pairs-test.csv",
-    "epochs": 6,
-    "lr": 1e-3,
+    "epochs": 4,
+    "lr": 2e-3,
+    "lr_schedule": "linear",
+    "warmup_ratio": 0.1,
 }
 
 

@@ -127,7 +127,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
 
     def backward(self, batch: Batch, n_accumulated: int) -> Tensor:
-        """Add a batch's share of the gradient of a step of `n_accumulated` batches; gives the loss."""
+        """Add the gradient of one of the `n_accumulated` batches of a step; gives its loss."""
         with self.runtime.autocast():
             loss = self.loss_function(self.model, self.runtime.to_device(batch))
         self.scaler.scale(loss / n_accumulated).backward()

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SCRIPT = ROOT / "lora_paraphrase_detection.py"
 SHORT = ["--demo", "--limit_train", "96", "--limit_dev", "40", "--epochs", "2"]
-NAME = "lora-gpt2-nano-2-0.001-8-paraphrase.pt"
+NAME = "lora-gpt2-nano-2-0.002-8-paraphrase.pt"
 
 
 def run(folder, *flags, check=True):
@@ -59,7 +59,7 @@ def test_metrics_agree_with_the_predictions(finished):
     assert [record["epoch"] for record in metrics["history"]] == [1, 2]
     assert metrics["trainable_parameters"] == 147_456
     assert metrics["total_parameters"] == 5_387_776 + 147_456
-    assert metrics["arguments"]["lr"] == 0.001
+    assert metrics["arguments"]["lr"] == 0.002
     for key in ("train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_mb"):
         assert metrics[key] > 0
     assert "5,535,232 parameters, 147,456 of them trainable" in done.stdout
@@ -98,7 +98,7 @@ def test_a_real_vocabulary_and_a_model_of_ones_own(hf_model, gpt2_tokenizer, tmp
     flags = "--demo --limit_train 24 --limit_dev 12 --epochs 1 --lora_layers 1"
     flags += " --lora_targets query value --grad_accum 2 --grad_clip 1 --lr_schedule cosine"
     run(tmp_path, "--model_path", folder, *flags.split(), "--precision", "bf16")
-    saved = torch.load(tmp_path / "lora-my model-1-0.001-8-paraphrase.pt", weights_only=True)
+    saved = torch.load(tmp_path / "lora-my model-1-0.002-8-paraphrase.pt", weights_only=True)
     assert saved["adapter"].keys() == {
         f"gpt.gpt_layers.1.self_attention.qkv.lora_{matrix}" for matrix in "AB"
     }
