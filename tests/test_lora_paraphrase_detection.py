@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datasets import read_pairs
-from tests.conftest import ROOT
+from tests.conftest import ROOT, narrow_hf_model
 
 SCRIPT = ROOT / "lora_paraphrase_detection.py"
 SHORT = ["--demo", "--limit_train", "96", "--limit_dev", "40", "--epochs", "2"]
@@ -89,9 +89,7 @@ def test_the_same_seed_gives_the_same_run_and_predict_only_the_same_predictions(
     assert (tmp_path / "lora-paraphrase-metrics.json").read_bytes() == metrics
 
 
-def test_a_real_vocabulary_and_a_model_of_ones_own(hf_model, gpt2_tokenizer, tmp_path):
-    from tests.conftest import narrow_hf_model
-
+def test_a_real_vocabulary_and_a_model_of_ones_own(gpt2_tokenizer, tmp_path):
     folder = tmp_path / "my model"
     narrow_hf_model(vocab_size=50257, n_positions=128).save_pretrained(folder)
     gpt2_tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """The small parts of a run: early stopping, files, checkpoints, runtime, metrics, predictions."""
 
+import argparse
 import json
 import math
 import os
@@ -207,8 +208,6 @@ def test_metrics_file_is_json_with_versions(tmp_path):
     ],
 )
 def test_flag_types(kind, good, bad):
-    import argparse
-
     assert kind(good) == float(good)
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="is not a"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.pretrained import load_gpt2
 from modules.adapters import (
     AdapterError,
     adapter_state,
@@ -67,8 +68,6 @@ def test_saved_state_comes_back_and_is_a_copy(gpt):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(gpt, hf_folder, settings, sentence):
-    from models.pretrained import load_gpt2
-
     other = load_gpt2(hf_folder)
     add_lora(other, LoRAConfig(**settings))
     add_lora(gpt, LoRAConfig())
