@@ -28,11 +28,16 @@ from finetune.checkpoint import load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
-from finetune.predictions import format_table, write_metrics, write_paraphrase_predictions
+from finetune.predictions import (
+    format_table,
+    paraphrase_table,
+    write_metrics,
+    write_paraphrase_predictions,
+)
 from finetune.runtime import make_runtime, run, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import find_checkpoint, load_gpt2, load_tokenizer
-from modules.adapters import count_parameters
+from modules.adapters import describe_parameters
 from modules.lora import LoRAConfig, add_lora
 
 DEMO = {
@@ -94,22 +99,17 @@ def main() -> None:
     model = ParaphraseGPT(gpt, answer_ids(tokenizer)).to(runtime.device)
     if args.compile:
         model.compile(dynamic=True)
-    trainable, total = count_parameters(model)
-    name = model_name(args)
-    print(f"{name} on {runtime.device}: {total:,} parameters, {trainable:,} of them trainable")
+    print(f"{describe_parameters(model)}, on {runtime.device}")
     checkpoint = checkpoint_path(args, "lora", lora.rank, "paraphrase")
-    same = {"method": "lora", "model": name, "rank": lora.rank, "alpha": lora.alpha}
+    same = {"method": "lora", "model": model_name(args), "rank": lora.rank, "alpha": lora.alpha}
 
     # Fit
-    def evaluate() -> dict[str, float]:
-        return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
-
     if not args.predict_only:
-        history, throughput = fit(
+        history, measured = fit(
             model,
             paraphrase_loss,
             PairBatches(train, args.batch_size, args.seed),
-            evaluate,
+            lambda: paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels),
             lambda record: save_adapter(checkpoint, model, asdict(lora) | same | record),
             config_from(FitConfig, args),
             EarlyStopper("accuracy", "max", config_from(EarlyStoppingConfig, args)),
@@ -125,15 +125,11 @@ def main() -> None:
     # Write
     write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
     write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    table = {"best epoch": best["epoch"]}
-    table |= {f"dev {key}": f"{value:.4f}" for key, value in dev_metrics.items()}
-    table["dev accuracy of always answering no"] = f"{(dev.labels == 0).mean():.4f}"
+    table = paraphrase_table(best["epoch"], dev_metrics, dev.labels)
     if not args.predict_only:
-        metrics_path = Path(args.para_dev_out).parent / "lora-paraphrase-metrics.json"
-        measured = throughput.summary() | {"peak_memory_mb": round(runtime.peak_memory_mb(), 1)}
-        about = {"trainable_parameters": trainable, "total_parameters": total} | measured
-        write_metrics(metrics_path, vars(args), history, dev_metrics, about)
-        table |= measured | {"metrics": metrics_path}
+        path = Path(args.para_dev_out).parent / "lora-paraphrase-metrics.json"
+        write_metrics(path, vars(args), history, dev_metrics, measured)
+        table |= measured | {"metrics": path}
     table |= {"checkpoint": checkpoint, "dev": args.para_dev_out, "test": args.para_test_out}
     print(format_table(table))
 

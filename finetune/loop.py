@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from finetune.early_stopping import EarlyStopper
 from finetune.runtime import RunError, Runtime
+from modules.adapters import count_parameters
 
 Batch = dict[str, Tensor]
 
@@ -54,12 +55,16 @@ class Throughput:
     examples: int = 0
     tokens: int = 0  # real ones, padding not counted
 
-    def summary(self) -> dict[str, float]:
-        """Seconds and rates, as the metrics file names them."""
+    def summary(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
+        """Sizes, rates and memory, as the metrics file names them."""
+        trainable, total = count_parameters(model)
         return {
+            "trainable_parameters": trainable,
+            "total_parameters": total,
             "train_seconds": round(self.seconds, 2),
             "examples_per_second": round(self.examples / self.seconds, 2),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "peak_memory_mb": round(runtime.peak_memory_mb(), 1),
         }
 
 
@@ -72,8 +77,8 @@ def fit(
     config: FitConfig,
     stopper: EarlyStopper,
     runtime: Runtime,
-) -> tuple[list[dict[str, Any]], Throughput]:
-    """Train what requires a gradient; returns the history, a record an epoch, and the throughput.
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Train what requires a gradient; returns the history, a record an epoch, and what it cost.
 
     `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
     epoch the best so far. Raises RunError where the loss is not finite.
@@ -101,7 +106,7 @@ def fit(
         if stopper.should_stop:
             print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")
             break
-    return history, throughput
+    return history, throughput.summary(model, runtime)
 
 
 class Updater:

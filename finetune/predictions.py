@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from finetune.files import write_text
@@ -35,6 +36,13 @@ def write_metrics(
         "transformers": transformers.__version__,
     }
     write_text(path, json.dumps(metrics, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def paraphrase_table(epoch: int, metrics: dict[str, float], labels: np.ndarray) -> dict[str, Any]:
+    """The rows that tell how good the predictions are, beside always answering "no"."""
+    rows = {"best epoch": epoch}
+    rows |= {f"dev {name}": f"{value:.4f}" for name, value in metrics.items()}
+    return rows | {"dev accuracy of always answering no": f"{(labels == 0).mean():.4f}"}
 
 
 def format_table(rows: dict[str, Any]) -> str:

@@ -26,6 +26,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
 
+def describe_parameters(model: nn.Module) -> str:
+    """Both counts in words."""
+    trainable, total = count_parameters(model)
+    return f"{total:,} parameters, {trainable:,} of them trainable"
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the adapter's tensors on the CPU, by parameter name."""
     return {
