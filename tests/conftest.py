@@ -1,5 +1,6 @@
 """Checkpoints and tokenizers that several tests start from."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
+
+
+class Evil:
+    """Pickled, it makes the folder `path` when something unpickles it as it is."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:

@@ -20,6 +20,7 @@ from finetune.runtime import RunError, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import CheckpointError
 from modules.lora import LoRAConfig, add_lora
+from tests.conftest import Evil
 
 
 def stopper(mode="max", patience=2, min_improvement=0.01):
@@ -92,14 +93,6 @@ def test_an_adapter_checkpoint_comes_back(lora_gpt, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in lora_gpt.named_parameters())
     assert torch.load(path, weights_only=True).keys() == {"about", "adapter"}
     assert path.stat().st_size < 60_000  # the adapter alone, not the model
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(lora_gpt, tmp_path):

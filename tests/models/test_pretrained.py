@@ -22,7 +22,7 @@ from models.pretrained import (
     load_tokenizer,
     save_gpt2,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Evil
 
 IDS = torch.tensor([[5, 99, 0, 42]])
 
@@ -124,14 +124,6 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sen
     with pytest.raises(CheckpointError, match=sentence) as error:
         load_gpt2(tmp_path)
     assert "\n" not in str(error.value)
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
