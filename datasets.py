@@ -1,6 +1,7 @@
-"""Question pairs from file to batch: read, check, phrase as a cloze, tokenize, group by length."""
+"""Question pairs and sonnets from file to batch: read, check, phrase, tokenize, pad."""
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +20,8 @@ ANSWERS = ("no", "yes")  # class 0, class 1
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
 POOL = 100  # batches that are sorted by length together
+SONNET_NUMBER = re.compile(r"\s*([0-9]+)\s*")
+GIVEN_LINES = 3  # of a sonnet to be continued
 
 
 class DataError(ValueError):
@@ -255,3 +258,116 @@ def make_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
     if data.labels is not None:
         batch["labels"] = data.labels[rows]
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+@dataclass(frozen=True)
+class Sonnet:
+    """A poem and its number."""
+
+    number: int
+    lines: tuple[str, ...]  # as poem_lines gives them
+
+    @property
+    def prompt(self) -> str:
+        """The given lines and the line end that starts the next."""
+        return "".join(f"{line}\n" for line in self.lines[:GIVEN_LINES])
+
+
+def poem_lines(text: str) -> list[str]:
+    """The lines of a poem: not blank, and not a number alone, which would start the next poem."""
+    lines = [line.rstrip() for line in text.split("\n")]
+    return [line for line in lines if line and not SONNET_NUMBER.fullmatch(line)]
+
+
+def read_sonnets(path: str | Path, limit: int | None = None) -> list[Sonnet]:
+    """Read poems that stand each under its number, alone on a line; what comes before is skipped.
+
+    `limit` keeps only the first so many. Raises DataError for an unusable file.
+    """
+    sonnets: list[tuple[int, list[str]]] = []
+    for line in _read_text(Path(path)).split("\n"):
+        number = SONNET_NUMBER.fullmatch(line)
+        if number:
+            sonnets.append((int(number[1]), []))
+        elif sonnets:
+            sonnets[-1][1].extend(poem_lines(line))
+    if not sonnets:
+        raise DataError(f"{path} has no poem under a number, alone on a line")
+    empty = [str(number) for number, lines in sonnets if not lines]
+    if empty:
+        raise DataError(f"{path} has no line under the number {', '.join(empty)}")
+    return [Sonnet(number, tuple(lines)) for number, lines in sonnets[:limit]]
+
+
+def split_sonnets(sonnets: list[Sonnet], seed: int) -> tuple[list[Sonnet], list[Sonnet]]:
+    """Nine tenths to train on and one tenth (one poem at least) to validate, by chance."""
+    if len(sonnets) < 2:
+        raise DataError("one poem cannot be split into some to train on and some to validate")
+    order = np.random.default_rng(seed).permutation(len(sonnets))
+    chosen = [sonnets[i] for i in order]
+    cut = max(1, round(len(sonnets) / 10))
+    return chosen[cut:], chosen[:cut]
+
+
+def tokenize_sonnets(
+    sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> list[list[int]]:
+    """Token ids of each poem, end of text last; one too long for the model loses its end."""
+    texts = ["\n".join(sonnet.lines) for sonnet in sonnets]
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+    return [[*encoding.ids, tokenizer.eos_token_id][: max_length + 1] for encoding in encodings]
+
+
+def tokenize_prompts(
+    sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> list[list[int]]:
+    """Token ids of each poem's given lines; raises DataError where they fill the model."""
+    prompts = []
+    for sonnet in sonnets:
+        prompts.append(tokenizer.backend_tokenizer.encode(sonnet.prompt).ids)
+        if len(prompts[-1]) >= max_length:
+            raise DataError(
+                f"the given lines of sonnet {sonnet.number} are {len(prompts[-1])} tokens, the "
+                f"model has {max_length} positions and needs some to go on"
+            )
+    return prompts
+
+
+class SonnetBatches:
+    """Batches of tokenized poems, in which each token but a poem's first is a target."""
+
+    unit = "poem"
+
+    def __init__(self, poems: list[list[int]], batch_size: int, seed: int):
+        self.poems, self.batch_size, self.seed = poems, batch_size, seed
+        self.n_examples = len(poems)
+
+    def __len__(self) -> int:
+        return -(-self.n_examples // self.batch_size)
+
+    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
+        """All poems once, in an order that seed and epoch fix."""
+        order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
+        yield from sonnet_batches([self.poems[i] for i in order], self.batch_size)
+
+
+def sonnet_batches(poems: list[list[int]], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of poems in the order given."""
+    for start in range(0, len(poems), batch_size):
+        yield sonnet_batch(poems[start : start + batch_size])
+
+
+def sonnet_batch(poems: list[list[int]]) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` [B,T] padded on the right, and for each of the N real tokens
+    its place in the flattened [B,T], `positions` [N], and the one that follows it, `targets` [N].
+    """
+    lengths = torch.tensor([len(poem) - 1 for poem in poems])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B,T]
+    input_ids = torch.zeros(mask.shape, dtype=torch.long)
+    input_ids[mask] = torch.tensor([token for poem in poems for token in poem[:-1]])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask.long(),
+        "positions": mask.flatten().nonzero().squeeze(1),
+        "targets": torch.tensor([token for poem in poems for token in poem[1:]]),
+    }

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
+from modules.kv_cache import KVCache
+from modules.linear import linear
 
 
 @dataclass(frozen=True)
@@ -81,33 +82,46 @@ class GPT2Model(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         right_padded: bool | None = None,
+        cache: KVCache | None = None,
     ) -> dict[str, Tensor]:
         """`last_hidden_state` [B,T,C] and `last_token` [B,C], the state at the last real token.
 
-        `attention_mask` [B,T] is 1 on real tokens. Pass `right_padded=True` where every row is
-        known to be padded on the right: finding it out reads the mask, which makes a GPU wait.
+        `attention_mask` [B,S] is 1 on real tokens: on the T given, and with a `cache` on those
+        in it before them. Pass `right_padded=True` where every row is known to be padded on the
+        right: finding it out reads the mask, which makes a GPU wait.
         """
-        T = input_ids.shape[1]
-        if T > self.config.n_positions:
-            raise ValueError(f"{T} tokens given, the model has {self.config.n_positions} positions")
+        T, past = input_ids.shape[1], cache.length if cache else 0
+        if position_ids is None and past + T > self.config.n_positions:
+            raise ValueError(
+                f"{past + T} tokens given, the model has {self.config.n_positions} positions"
+            )
+        if past and T > 1:
+            right_padded = False  # the causal kernel takes the first query for position 0
+            if attention_mask is None:
+                attention_mask = input_ids.new_ones(len(input_ids), past + T)
         visible = None
         if attention_mask is not None and right_padded is None:
             right_padded = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
         if attention_mask is not None and not right_padded:
-            visible = _visible(attention_mask)
+            visible = _visible(attention_mask, T)
             if position_ids is None:
-                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+                position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, past:]
         if position_ids is None:
-            position_ids = torch.arange(T, device=input_ids.device)
+            position_ids = torch.arange(past, past + T, device=input_ids.device)
         h = self.embed_dropout(self.word_embedding(input_ids) + self.pos_embedding(position_ids))
-        for layer in self.gpt_layers:
-            h = layer(h, visible)
+        for i, layer in enumerate(self.gpt_layers):
+            h = layer(h, visible, cache.layers[i] if cache else None)
         h = self.final_layer_norm(h)
-        return {"last_hidden_state": h, "last_token": _last_token(h, attention_mask)}
+        mask = attention_mask if attention_mask is None else attention_mask[:, past:]
+        return {"last_hidden_state": h, "last_token": _last_token(h, mask)}
 
     def hidden_state_to_token(self, h: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., C] by the tied word embedding."""
-        return F.linear(h, self.word_embedding.weight)
+        """Logits [..., V] of states [..., C] by the tied word embedding, in float32.
+
+        Under autocast too: near a logit of -100, say, bfloat16 numbers are half a nat apart.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            return linear(h.float(), self.word_embedding.weight)
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -115,12 +129,13 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def _visible(attention_mask: Tensor) -> Tensor:
-    """Causal and not padding, bool [B,1,T,T]; padding sees itself so that no row is empty."""
-    T = attention_mask.shape[1]
-    ones = torch.ones(T, T, dtype=torch.bool, device=attention_mask.device)
-    real = attention_mask.bool()[:, None, None, :]  # [B,1,1,T]
-    return (ones.tril() & real) | torch.eye(T, dtype=torch.bool, device=ones.device)
+def _visible(attention_mask: Tensor, T: int) -> Tensor:
+    """What the last T of S positions may look at, bool [B,1,T,S]: what is neither later nor
+    padding, and itself, so that no row is empty."""
+    key = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    query = key[-T:, None]
+    real = attention_mask.bool()[:, None, None, :]  # [B,1,1,S]
+    return (key < query) & real | (key == query)
 
 
 def _last_token(h: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from modules.attention import CausalSelfAttention
 from modules.dropout import Dropout
+from modules.kv_cache import LayerCache
+from modules.linear import Linear
 
 
 class GPT2Layer(nn.Module):
@@ -16,15 +18,17 @@ class GPT2Layer(nn.Module):
         super().__init__()
         self.attention_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
         self.self_attention = CausalSelfAttention(n_embd, n_head, attn_pdrop)
-        self.attention_dense = nn.Linear(n_embd, n_embd)
+        self.attention_dense = Linear(n_embd, n_embd)
         self.out_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
-        self.interm_dense = nn.Linear(n_embd, 4 * n_embd)
-        self.out_dense = nn.Linear(4 * n_embd, n_embd)
+        self.interm_dense = Linear(n_embd, 4 * n_embd)
+        self.out_dense = Linear(4 * n_embd, n_embd)
         self.dropout = Dropout(resid_pdrop)
 
-    def forward(self, h: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B,T,C] to [B,T,C]; the mask is the one of `CausalSelfAttention`."""
-        y = self.self_attention(self.attention_layer_norm(h), attention_mask)
+    def forward(
+        self, h: Tensor, attention_mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B,T,C] to [B,T,C]; mask and cache are those of `CausalSelfAttention`."""
+        y = self.self_attention(self.attention_layer_norm(h), attention_mask, cache)
         h = h + self.dropout(self.attention_dense(y))
         # The GPT-2 weights were trained with the tanh form of GELU; the exact form drifts by 1e-3.
         y = F.gelu(self.interm_dense(self.out_layer_norm(h)), approximate="tanh")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modules.adapters import AdapterError, chosen_layers, freeze_base
 from modules.dropout import Dropout
+from modules.linear import Linear
 
 FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
 TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
@@ -34,7 +35,7 @@ class LoRAConfig:
             )
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = W x + b + (alpha/r) B A dropout(x), with A [R,in] random and B [out,R] zero at first.
 
     A fused layer is several linear layers with one input. `parts` says which of them are adapted;
@@ -55,7 +56,7 @@ class LoRALinear(nn.Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         if self.merged:
             return y
         z = F.linear(self.dropout(x), self.lora_A)  # [...,nR]
