@@ -333,6 +333,49 @@ def tokenize_prompts(
     return prompts
 
 
+@dataclass(frozen=True)
+class SonnetData:
+    """The poems of a run, and as token ids those that a loss is taken of."""
+
+    train: list[Sonnet]
+    dev: list[Sonnet]  # to be continued and compared to
+    gold: list[Sonnet]
+    held_out: list[Sonnet]  # to be continued
+    train_ids: list[list[int]]
+    validation_ids: list[list[int]]
+    gold_ids: list[list[int]]
+
+    def summary(self) -> str:
+        """How many poems there are for what."""
+        return (
+            f"{len(self.train)} poems to train on, {len(self.validation_ids)} to validate, "
+            f"{len(self.dev)} to continue and compare, {len(self.held_out)} to continue"
+        )
+
+
+def load_sonnets(
+    path: str | Path,
+    dev_path: str | Path,
+    gold_path: str | Path,
+    held_out_path: str | Path,
+    limits: tuple[int | None, int | None],
+    seed: int,
+    tokenizer: "PreTrainedTokenizerFast",
+    max_length: int,
+) -> SonnetData:
+    """Read, check, split and tokenize the poems of a run; `limits` are for train, dev and held out.
+
+    Raises DataError for an unusable file, and where the gold poems are not those of the dev file.
+    """
+    train, validation = split_sonnets(read_sonnets(path, limits[0]), seed)
+    dev, gold, held_out = (read_sonnets(p, limits[1]) for p in (dev_path, gold_path, held_out_path))
+    if [sonnet.number for sonnet in dev] != [sonnet.number for sonnet in gold]:
+        raise DataError(f"{dev_path} and {gold_path} have to hold the same numbers in one order")
+    tokenize_prompts(dev + held_out, tokenizer, max_length)  # fails now, not after the training
+    ids = [tokenize_sonnets(group, tokenizer, max_length) for group in (train, validation, gold)]
+    return SonnetData(train, dev, gold, held_out, *ids)
+
+
 class SonnetBatches:
     """Batches of tokenized poems, in which each token but a poem's first is a target."""
 

@@ -112,7 +112,7 @@ def main() -> None:
             lambda: paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels),
             lambda record: save_adapter(checkpoint, model, asdict(lora) | same | record),
             config_from(FitConfig, args),
-            EarlyStopper("accuracy", "max", config_from(EarlyStoppingConfig, args)),
+            EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args)),
             runtime,
         )
 

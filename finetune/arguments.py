@@ -7,9 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from datasets import GIVEN_LINES
 from finetune.early_stopping import EarlyStoppingConfig
 from finetune.loop import SCHEDULES, FitConfig
 from finetune.runtime import PRECISIONS
+from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
 from modules.lora import TARGETS, LoRAConfig
 
@@ -28,18 +30,25 @@ def whole(minimum: int) -> Callable[[str], int]:
     return convert
 
 
-def number(above: float = -math.inf, least: float = -math.inf, below: float = math.inf):
+def number(
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> Callable[[str], float]:
     """Type of a flag that takes a finite number in the range given."""
     allowed = [f"above {above:g}"] * (above > -math.inf)
     allowed += [f"of {least:g} or more"] * (least > -math.inf)
     allowed += [f"below {below:g}"] * (below < math.inf)
+    allowed += [f"of {most:g} or less"] * (most < math.inf)
 
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value > above and value >= least and value < below):
+        in_range = above < value < below and least <= value <= most
+        if not (math.isfinite(value) and in_range):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {' and '.join(allowed)}")
         return value
 
@@ -167,6 +176,73 @@ def add_paraphrase_data_arguments(parser: argparse.ArgumentParser, method: str) 
     group.add_argument("--para_test", default="data/quora-test-student.csv")
     group.add_argument("--para_dev_out", default=f"predictions/{method}-para-dev-output.csv")
     group.add_argument("--para_test_out", default=f"predictions/{method}-para-test-output.csv")
+
+
+def add_sonnet_data_arguments(parser: argparse.ArgumentParser, method: str) -> None:
+    """The sonnet files in and out."""
+    group = parser.add_argument_group("data (numbered poems, see data/README.md)")
+    group.add_argument("--sonnet_path", default="data/sonnets.txt")
+    group.add_argument("--held_out_sonnet_path", default="data/sonnets_held_out.txt")
+    group.add_argument("--dev_sonnet_path", default="data/sonnets_held_out_dev.txt")
+    group.add_argument("--dev_gold_path", default="data/TRUE_sonnets_held_out_dev.txt")
+    group.add_argument(
+        "--sonnet_out", type=Path, default=Path(f"predictions/{method}_generated_sonnets.txt")
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of SamplingConfig, and how many samples to take."""
+    group = parser.add_argument_group("generation (defaults in brackets)")
+    group.add_argument(
+        "--temperature",
+        type=number(above=0),
+        default=SamplingConfig.temperature,
+        help="[%(default)s]",
+    )
+    group.add_argument(
+        "--top_p",
+        type=number(above=0, most=1),
+        default=SamplingConfig.top_p,
+        help="sample from the likeliest tokens that hold this mass [%(default)s]",
+    )
+    group.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    group.add_argument(
+        "--repetition_penalty",
+        type=number(least=1),
+        default=SamplingConfig.repetition_penalty,
+        help="makes tokens that were there before less likely, 1 is off [%(default)s]",
+    )
+    group.add_argument(
+        "--no_repeat_ngram_size",
+        type=whole(0),
+        default=SamplingConfig.no_repeat_ngram_size,
+        help="no run of so many tokens comes twice in a poem, 0 is off [%(default)s]",
+    )
+    group.add_argument(
+        "--min_lines",
+        type=whole(0),
+        default=SamplingConfig.min_lines,
+        help="no end of text before; 0 leaves that to the model [%(default)s]",
+    )
+    group.add_argument(
+        "--max_lines",
+        type=whole(GIVEN_LINES + 1),
+        default=SamplingConfig.max_lines,
+        help="lines of a whole poem, the given ones included [%(default)s]",
+    )
+    group.add_argument(
+        "--max_new_tokens",
+        type=whole(1),
+        default=SamplingConfig.max_new_tokens,
+        help="should the lines not come to an end [%(default)s]",
+    )
+    group.add_argument(
+        "--num_samples",
+        type=whole(1),
+        default=1,
+        metavar="K",
+        help="write K poems for each of the held-out sonnets to a second file [no such file]",
+    )
 
 
 def parse_args(parser: argparse.ArgumentParser, demo: dict[str, Any]) -> argparse.Namespace:

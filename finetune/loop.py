@@ -95,13 +95,12 @@ def fit(
                 f"{title}: training loss {train_loss}, dev metrics {metrics}: a loss is not "
                 "finite, try a lower --lr"
             )
-        record = {"epoch": epoch + 1, "train_loss": train_loss}
-        record |= {f"dev_{name}": value for name, value in metrics.items()}
-        record["is_best"] = stopper.update(metrics)
+        is_best = stopper.update(metrics)
+        record = {"epoch": epoch + 1, "train_loss": train_loss, **metrics, "is_best": is_best}
         history.append(record)
         shown = " ".join(f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float))
-        print(f"{title}: {shown}{' (best)' if record['is_best'] else ''}")
-        if record["is_best"]:
+        print(f"{title}: {shown}{' (best)' if is_best else ''}")
+        if is_best:
             save_best(record)
         if stopper.should_stop:
             print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")

@@ -1,4 +1,4 @@
-"""Scores of predictions."""
+"""Scores of paraphrase predictions."""
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def paraphrase_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, fl
     """Mean loss in nats, accuracy, and F1 averaged over the two classes."""
     predicted = logits.argmax(1).numpy()
     return {
-        "loss": F.cross_entropy(logits, torch.from_numpy(labels)).item(),
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+        "dev_loss": F.cross_entropy(logits, torch.from_numpy(labels)).item(),
+        "dev_accuracy": float(accuracy_score(labels, predicted)),
+        "dev_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
     }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets import Sonnet
 from finetune.files import write_text
 
 
@@ -17,6 +18,16 @@ def write_paraphrase_predictions(path: str, ids: Iterable[str], classes: Iterabl
     lines = ["id \t Predicted_Is_Paraphrase \n"]
     lines += [f"{id_}, {class_} \n" for id_, class_ in zip(ids, classes, strict=True)]
     write_text(path, "".join(lines))
+
+
+def write_sonnets(path: str | Path, sonnets: Iterable[Sonnet]) -> None:
+    """The course's format, which its reader and `datasets.read_sonnets` take."""
+    write_text(path, "--Generated Sonnets-- \n\n" + "".join(map(format_sonnet, sonnets)))
+
+
+def format_sonnet(sonnet: Sonnet) -> str:
+    """Number and lines, with a blank line before and after."""
+    return "\n".join(["", str(sonnet.number), *sonnet.lines, "", ""])
 
 
 def write_metrics(
@@ -41,8 +52,19 @@ def write_metrics(
 def paraphrase_table(epoch: int, metrics: dict[str, float], labels: np.ndarray) -> dict[str, Any]:
     """The rows that tell how good the predictions are, beside always answering "no"."""
     rows = {"best epoch": epoch}
-    rows |= {f"dev {name}": f"{value:.4f}" for name, value in metrics.items()}
+    rows |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items()}
     return rows | {"dev accuracy of always answering no": f"{(labels == 0).mean():.4f}"}
+
+
+def sonnet_table(
+    epoch: int, metrics: dict[str, float], form: dict[str, float], gold: dict[str, float]
+) -> dict[str, Any]:
+    """The rows that tell how good the dev poems are, those of form beside Shakespeare's own."""
+    rows = {"best epoch": epoch}
+    rows |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items()}
+    return rows | {
+        name.replace("_", " "): f"{form[name]:.4g} (Shakespeare {gold[name]:.4g})" for name in form
+    }
 
 
 def format_table(rows: dict[str, Any]) -> str:

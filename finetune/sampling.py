@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen, and when a poem ends besides at end of text."""
+    """How the next token is chosen, and when a poem ends."""
 
     temperature: float = 1.2
     top_p: float = 0.9
     greedy: bool = False
     repetition_penalty: float = 1.0  # 1 is off
     no_repeat_ngram_size: int = 0  # 0 is off
+    min_lines: int = 14  # end of text is not chosen in a shorter poem
     max_lines: int = 14
     max_new_tokens: int = 256
 
@@ -70,56 +71,85 @@ def top_p_sample(logits: Tensor, temperature: float, top_p: float, noise: Tensor
         race.masked_fill_((p <= p_winner) & outside, 0)
 
 
+@dataclass(frozen=True)
+class LineCounter:
+    """Finds the lines of a poem that is given as token ids."""
+
+    ends: frozenset[int]  # the tokens that hold a line end
+    decode: Callable[[list[int]], str]
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "LineCounter":
+        """For a byte-level BPE, in whose vocabulary a line end is written Ċ."""
+        ends = frozenset(token for text, token in tokenizer.get_vocab().items() if "Ċ" in text)
+        return cls(ends, tokenizer.backend_tokenizer.decode)
+
+    def lines(self, text: list[int]) -> list[str]:
+        """All lines; the last may not be complete yet."""
+        return poem_lines(self.decode(text))
+
+
+class Row:
+    """A text in the making, `longest` tokens at most, with a random generator of its own."""
+
+    def __init__(self, prompt: list[int], seed: Sequence[int], longest: int, counter: LineCounter):
+        self.text, self.longest, self.counter = list(prompt), longest, counter
+        self.generator = np.random.default_rng(seed)
+        self.complete_lines = len(counter.lines(prompt)) if prompt[-1] in counter.ends else 0
+
+    @property
+    def n_lines(self) -> int:
+        """Lines so far, with one that is not complete."""
+        return self.complete_lines + (self.text[-1] not in self.counter.ends)
+
+    def add(self, token: int) -> None:
+        """Take the next token."""
+        self.text.append(token)
+        if token in self.counter.ends:
+            self.complete_lines = len(self.counter.lines(self.text))
+
+
 def choose_tokens(
-    logits: Tensor,
-    texts: Sequence[list[int]],
-    generators: Sequence[np.random.Generator],
-    config: SamplingConfig,
-) -> Tensor:
-    """The next token [B] of each text, from logits [B,V] and the text's own random generator."""
+    logits: Tensor, rows: list[Row], end_of_text: int, config: SamplingConfig
+) -> list[int]:
+    """The next token of each row, from logits [B,V]."""
     if config.repetition_penalty != 1:
         seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            seen[row, text] = True
+        for i, row in enumerate(rows):
+            seen[i, row.text] = True
         logits = penalize_repetition(logits, seen, config.repetition_penalty)
     if config.no_repeat_ngram_size:
+        texts = [row.text for row in rows]
         logits = ban_repeated_ngrams(logits, texts, config.no_repeat_ngram_size)
+    too_short = [i for i, row in enumerate(rows) if row.n_lines < config.min_lines]
+    logits[too_short, end_of_text] = -torch.inf
     if config.greedy:
-        return logits.argmax(1)
+        return logits.argmax(1).tolist()
     u = np.empty(logits.shape, np.float32)
-    for row, generator in zip(u, generators, strict=True):
-        generator.random(out=row, dtype=np.float32)
+    for i, row in enumerate(rows):
+        row.generator.random(out=u[i], dtype=np.float32)
     noise = -torch.from_numpy(u).to(logits.device).log()
-    return top_p_sample(logits, config.temperature, config.top_p, noise)
+    return top_p_sample(logits, config.temperature, config.top_p, noise).tolist()
 
 
 @torch.inference_mode()
 def generate(
-    gpt: GPT2Model,
-    prompts: Sequence[list[int]],
-    seeds: Sequence[Sequence[int]],
-    is_finished: Callable[[list[int]], bool],
-    end_of_text: int,
-    config: SamplingConfig,
-    runtime: Runtime,
+    gpt: GPT2Model, rows: Sequence[Row], end_of_text: int, config: SamplingConfig, runtime: Runtime
 ) -> list[list[int]]:
-    """Continue all prompts in one batch; returns prompt and continuation, without end of text.
+    """Let all rows grow in one batch; returns their texts, without end of text.
 
-    Each row has a random generator of its own, from its `seeds`. It ends at `end_of_text`, where
-    `is_finished(tokens)` says so, after `config.max_new_tokens` or with the model's last
-    position, and then leaves the batch.
+    A row ends at `end_of_text`, with `config.max_lines`, or when it has its `longest` length, and
+    then leaves the batch.
     """
-    texts = [list(prompt) for prompt in prompts]
-    longest = [min(len(p) + config.max_new_tokens, gpt.config.n_positions) for p in prompts]
-    steps = max(end - len(p) for end, p in zip(longest, prompts, strict=True))
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    input_ids, mask = _left_padded(prompts, steps, runtime.device)
+    active = list(rows)
+    prompts = [row.text for row in active]
+    n_new = max(row.longest - len(row.text) for row in active)
+    input_ids, mask = _left_padded(prompts, n_new, runtime.device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     padded = not bool(mask.all())
     cache = KVCache(gpt.config.n_layer, mask.shape[1])
-    active = list(range(len(prompts)))  # the rows of the batch that are not finished
-    for step in range(steps):
-        past, end = cache.length, mask.shape[1] - steps + step
+    while active:
+        past, end = cache.length, cache.length + input_ids.shape[1]
         with runtime.autocast():
             h = gpt(
                 input_ids,
@@ -129,26 +159,23 @@ def generate(
                 cache=cache,
             )["last_hidden_state"]
         logits = gpt.hidden_state_to_token(h[:, -1])  # [B,V]
-        tokens = choose_tokens(
-            logits, [texts[row] for row in active], [generators[row] for row in active], config
-        )
-        for row, token in zip(active, tokens.tolist(), strict=True):
-            texts[row].append(token)
+        tokens = choose_tokens(logits, active, end_of_text, config)
+        for row, token in zip(active, tokens, strict=True):
+            row.add(token)
         goes_on = [
-            texts[row][-1] != end_of_text
-            and len(texts[row]) < longest[row]
-            and not is_finished(texts[row])
-            for row in active
+            i
+            for i, (row, token) in enumerate(zip(active, tokens, strict=True))
+            if token != end_of_text
+            and len(row.text) < row.longest
+            and row.complete_lines < config.max_lines
         ]
-        if not any(goes_on):
-            break
-        if not all(goes_on):
-            keep = torch.tensor(goes_on).nonzero().squeeze(1).to(runtime.device)
-            tokens, mask, position_ids = (x[keep] for x in (tokens, mask, position_ids))
+        if len(goes_on) < len(active):
+            active = [active[i] for i in goes_on]
+            keep = torch.tensor(goes_on, dtype=torch.long, device=runtime.device)
+            mask, position_ids = mask[keep], position_ids[keep]
             cache.keep(keep)
-            active = [row for row, on in zip(active, goes_on, strict=True) if on]
-        input_ids = tokens[:, None]
-    return [text[:-1] if text[-1] == end_of_text else text for text in texts]
+        input_ids = torch.tensor([[row.text[-1]] for row in active], device=runtime.device)
+    return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]
 
 
 def _left_padded(
@@ -162,33 +189,33 @@ def _left_padded(
     return ids.to(device), mask.to(device)
 
 
-def write_poems(
-    gpt: GPT2Model,
-    tokenizer: "PreTrainedTokenizerFast",
-    sonnets: Sequence[Sonnet],
-    config: SamplingConfig,
-    seed: int,
-    runtime: Runtime,
-    sample: int = 0,
-) -> list[Sonnet]:
-    """Each sonnet's given lines with a new continuation, which `seed`, the sonnet's number and
-    the number of the `sample` decide."""
-    breaks = {token for text, token in tokenizer.get_vocab().items() if "Ċ" in text}  # line ends
-    decode = tokenizer.backend_tokenizer.decode
+@dataclass(frozen=True)
+class Poet:
+    """Continues sonnets; a text depends on the seed, the sonnet and the sample's number alone."""
 
-    def is_finished(text: list[int]) -> bool:
-        return text[-1] in breaks and len(poem_lines(decode(text))) >= config.max_lines
+    gpt: GPT2Model
+    tokenizer: "PreTrainedTokenizerFast"
+    config: SamplingConfig
+    seed: int
+    runtime: Runtime
 
-    texts = generate(
-        gpt,
-        tokenize_prompts(sonnets, tokenizer, gpt.config.n_positions),
-        [(seed, sonnet.number, sample) for sonnet in sonnets],
-        is_finished,
-        tokenizer.eos_token_id,
-        config,
-        runtime,
-    )
-    return [
-        Sonnet(sonnet.number, tuple(poem_lines(decode(text))[: config.max_lines]))
-        for sonnet, text in zip(sonnets, texts, strict=True)
-    ]
+    def write(self, sonnets: Sequence[Sonnet], sample: int = 0) -> list[Sonnet]:
+        """The sonnets' given lines with a new continuation each."""
+        self.gpt.eval()
+        room = self.gpt.config.n_positions
+        counter = LineCounter.of(self.tokenizer)
+        prompts = tokenize_prompts(sonnets, self.tokenizer, room)
+        rows = [
+            Row(
+                prompt,
+                (self.seed, sonnet.number, sample),
+                min(len(prompt) + self.config.max_new_tokens, room),
+                counter,
+            )
+            for sonnet, prompt in zip(sonnets, prompts, strict=True)
+        ]
+        texts = generate(self.gpt, rows, self.tokenizer.eos_token_id, self.config, self.runtime)
+        return [
+            Sonnet(sonnet.number, tuple(counter.lines(text)[: self.config.max_lines]))
+            for sonnet, text in zip(sonnets, texts, strict=True)
+        ]
