@@ -51,6 +51,7 @@ DEMO = {
     "lr": 2e-3,
     "lr_schedule": "linear",
     "warmup_ratio": 0.1,
+    "temperature": 0.9,
 }
 
 

@@ -28,7 +28,7 @@ class SamplingConfig:
     no_repeat_ngram_size: int = 0  # 0 is off
     min_lines: int = 14  # end of text is not chosen in a shorter poem
     max_lines: int = 14
-    max_new_tokens: int = 256
+    max_new_tokens: int = 400
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -1,47 +1,63 @@
-"""Pairs per second of LoRA training: this project beside transformers + PEFT.
+"""Training steps of LoRA on all linear layers: this project beside transformers + PEFT.
 
-    python -m tests.benchmarks.train_step --pairs FILE [--model_path FOLDER]
+    python -m tests.benchmarks.train_step --task paraphrase --pairs FILE [--random gpt2]
+    python -m tests.benchmarks.train_step --task sonnet [--random gpt2]
 
-Both take turns on the same random selection of pairs, with rank 8 on all linear layers, dropout
-0.1, AdamW and the logits of the last position only. PEFT gets batches as they come, padded on the
-right to their longest row; ours come grouped by length from `PairBatches`, as in a run.
+Both take turns on the same random selection, with dropout 0.1 and AdamW; PEFT has sdpa attention.
+
+paraphrase: rank 8, the logits of the last position only. PEFT gets batches as they come, padded on
+the right to their longest row; ours come grouped by length from `PairBatches`, as in a run.
+sonnet: rank 4, the next-token loss of the real tokens. Both get the same batches.
+
+Peak memory is that of a process of its own for each, with the model and the steps of one turn.
 """
 
 import argparse
-import statistics
+import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import peft
 import torch
-import transformers
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import PairBatches, answer_ids, make_batch, read_pairs, tokenize_pairs
-from finetune.runtime import make_runtime, seed_everything
+from datasets import (
+    PairBatches,
+    SonnetBatches,
+    answer_ids,
+    make_batch,
+    read_pairs,
+    read_sonnets,
+    tokenize_pairs,
+    tokenize_sonnets,
+)
+from finetune.arguments import DATA
+from finetune.runtime import Runtime, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import BUNDLED, find_checkpoint, load_gpt2, load_tokenizer
+from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
+from tests.benchmarks.peers import (
+    add_model_arguments,
+    find_model,
+    report,
+    take_turns,
+    with_peft,
+)
 
 Batch = dict[str, Tensor]
+OURS, PEFT = "this project", "transformers + PEFT"
 
 
 class PeftParaphrase(nn.Module):
     """Hugging Face's GPT-2 with PEFT's LoRA and the same cloze head."""
 
-    def __init__(self, folder, answers: tuple[int, int]):
+    def __init__(self, folder: Path, answers: tuple[int, int]):
         super().__init__()
-        base = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-        config = peft.LoraConfig(
-            r=8,
-            lora_alpha=16,
-            lora_dropout=0.1,
-            target_modules=["c_attn", "c_proj", "c_fc"],
-            fan_in_fan_out=True,
-        )
-        self.model = peft.get_peft_model(base, config)
-        self.answers = list(answers)
+        self.model, self.answers = with_peft(folder, rank=8), list(answers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool) -> Tensor:
         gpt = self.model.base_model.model
@@ -50,71 +66,108 @@ class PeftParaphrase(nn.Module):
         return gpt.lm_head(h[torch.arange(len(h), device=h.device), last])[:, self.answers]
 
 
-def stepper(model: nn.Module, runtime) -> Callable[[Batch], None]:
-    """One training step as a function of a batch."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+class PeftSonnet(nn.Module):
+    """Hugging Face's GPT-2 with PEFT's LoRA and the usual language-model loss."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.model = with_peft(folder, rank=4)
+
+    def forward(self, input_ids, attention_mask, positions, targets) -> Tensor:
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets)
+
+
+@dataclass
+class Work:
+    """What one of the peers does: its model, its loss, and the batches of a turn."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], Tensor]
+    batches: list[Batch]
+
+
+def make_work(args: argparse.Namespace, folder: Path, name: str) -> Work:
+    """The work of the peer called `name`."""
+    tokenizer = load_tokenizer(BUNDLED)
+    gpt = load_gpt2(folder)
+    if args.task == "sonnet":
+        poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), tokenizer, 512)
+        batches = list(SonnetBatches(poems[: args.n], args.batch_size, seed=0).epoch(0))
+        if name == PEFT:
+            return Work(PeftSonnet(folder), sonnet_loss, batches)
+        add_lora(gpt, LoRAConfig(rank=4))
+        return Work(SonnetGPT(gpt), sonnet_loss, batches)
+    pairs = read_pairs(args.pairs, labelled=True, limit=args.n)
+    data = tokenize_pairs(pairs, tokenizer, gpt.config.n_positions)
+    order = np.random.default_rng(0).permutation(len(data)).reshape(-1, args.batch_size)
+    batches = [make_batch(data, rows) for rows in order]
+    if name == PEFT:
+        return Work(PeftParaphrase(folder, answer_ids(tokenizer)), paraphrase_loss, batches)
+    if name == OURS:
+        batches = list(PairBatches(data, args.batch_size, seed=0).epoch(0))
+    add_lora(gpt, LoRAConfig(rank=8))
+    return Work(ParaphraseGPT(gpt, answer_ids(tokenizer)), paraphrase_loss, batches)
+
+
+def make_turn(work: Work, runtime: Runtime) -> Callable[[], float]:
+    """A function that trains on all batches and returns its rate, in pairs or tokens a second."""
+    work.model.to(runtime.device).train()
+    parameters = [p for p in work.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    model.train()
+    amount = sum(len(batch["labels" if "labels" in batch else "targets"]) for batch in work.batches)
 
-    def step(batch: Batch) -> None:
-        with runtime.autocast():
-            loss = paraphrase_loss(model, runtime.to_device(batch))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def turn() -> float:
+        started = time.perf_counter()
+        for batch in work.batches:
+            with runtime.autocast():
+                loss = work.loss(work.model, runtime.to_device(batch))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return amount / (time.perf_counter() - started)
 
-    return step
+    return turn
 
 
-def rate(step: Callable[[Batch], None], batches: list[Batch], device: torch.device) -> float:
-    """Pairs per second over the batches."""
-    started = time.perf_counter()
-    for batch in batches:
-        step(batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return sum(len(b["labels"]) for b in batches) / (time.perf_counter() - started)
+def peak_memory(args: argparse.Namespace, folder: Path, name: str, send) -> None:
+    """Run a turn in this process and send what memory it took, in MiB."""
+    runtime = make_runtime(args.use_gpu, "auto")
+    make_turn(make_work(args, folder, name), runtime)()
+    send.send(runtime.peak_memory_mb())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", required=True, help="labelled question pairs")
-    parser.add_argument("--model_path", default=BUNDLED)
-    parser.add_argument("--n_pairs", type=int, default=480, help="pairs in a turn")
-    parser.add_argument("--batch_size", type=int, default=12)
+    add_model_arguments(parser)
+    parser.add_argument("--task", choices=["paraphrase", "sonnet"], default="paraphrase")
+    parser.add_argument("--pairs", default=DATA / "sample-pairs-train.csv")
+    parser.add_argument("--n", type=int, help="examples in a turn (480 pairs, 128 poems)")
+    parser.add_argument("--batch_size", type=int, help="(12 pairs, 4 poems)")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--use_gpu", action="store_true")
     args = parser.parse_args()
+    paraphrase = args.task == "paraphrase"
+    args.n = args.n or (480 if paraphrase else 128)
+    args.batch_size = args.batch_size or (12 if paraphrase else 4)
     runtime = make_runtime(args.use_gpu, "auto")
     seed_everything(0)
-    folder = find_checkpoint(args.model_path)
-    tokenizer = load_tokenizer(folder)
-    gpt = load_gpt2(folder)
-    pairs = read_pairs(args.pairs, labelled=True, limit=args.n_pairs)
-    data = tokenize_pairs(pairs, tokenizer, gpt.config.n_positions)
-    order = np.random.default_rng(0).permutation(len(data)).reshape(-1, args.batch_size)
-    as_they_come = [make_batch(data, rows) for rows in order]
-    grouped = list(PairBatches(data, args.batch_size, seed=0).epoch(0))
+    folder = find_model(args)
+    names = [OURS, *["this project, batches as they come"] * paraphrase, PEFT]
 
-    add_lora(gpt, LoRAConfig(rank=8))
-    answers = answer_ids(tokenizer)
-    peers = {
-        "this project": (ParaphraseGPT(gpt, answers), grouped),
-        "this project, batches as they come": (None, as_they_come),
-        "transformers + PEFT": (PeftParaphrase(folder, answers), as_they_come),
-    }
-    steps, rates = {}, {name: [] for name in peers}
-    for name, (model, _) in peers.items():
-        steps[name] = stepper(model.to(runtime.device), runtime) if model else steps["this project"]
-    for turn in range(args.turns + 1):  # the first warms up
-        for name, (_, batches) in peers.items():
-            value = rate(steps[name], batches, runtime.device)
-            if turn:
-                rates[name].append(value)
-    reference = statistics.median(rates["transformers + PEFT"])
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:<36} {median:8.1f} pairs/s  {median / reference:5.2f} x PEFT")
+    memory = {}
+    spawn = multiprocessing.get_context("spawn")
+    for name in names:
+        receive, send = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=peak_memory, args=(args, folder, name, send))
+        process.start()
+        memory[name] = receive.recv()
+        process.join()
+    turns = {name: make_turn(make_work(args, folder, name), runtime) for name in names}
+    unit = "pairs/s" if paraphrase else "tokens/s"
+    report(take_turns(turns, args.turns), unit, PEFT, **{"MiB at most": memory})
 
 
 if __name__ == "__main__":
