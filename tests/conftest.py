@@ -12,6 +12,7 @@ from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
+COURSE_SONNETS = ROOT.parent / "shared" / "data" / "course-sonnets"
 
 
 class Evil:

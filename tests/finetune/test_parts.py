@@ -169,9 +169,9 @@ def test_paraphrase_metrics_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
     metrics = paraphrase_metrics(logits, np.array([0, 1, 0, 0]))
     right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
-    assert metrics["loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
-    assert metrics["accuracy"] == 0.75
-    assert metrics["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert metrics["dev_loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+    assert metrics["dev_accuracy"] == 0.75
+    assert metrics["dev_macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
 
 
 def test_prediction_file_is_the_courses_byte_for_byte(tmp_path):
@@ -198,6 +198,7 @@ def test_metrics_file_is_json_with_versions(tmp_path):
         (whole(1), "3", ["0", "-1", "1.5", "x", ""]),
         (number(above=0), "1e-3", ["0", "-1", "nan", "inf", "x"]),
         (number(least=0, below=1), "0", ["1", "-0.1", "nan"]),
+        (number(above=0, most=1), "1", ["0", "1.01", "inf"]),
     ],
 )
 def test_flag_types(kind, good, bad):

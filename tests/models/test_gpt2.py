@@ -6,6 +6,7 @@ import transformers
 
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import load_gpt2
+from modules.kv_cache import KVCache
 from tests.conftest import narrow_hf_model
 
 HEADS = sorted({n_head for _, _, n_head in SIZES.values()})
@@ -112,6 +113,37 @@ def test_each_dropout_is_in_use(gpt, where):
 def test_more_tokens_than_positions_are_refused(gpt):
     with pytest.raises(ValueError, match="65 tokens given, the model has 64 positions"):
         gpt(torch.zeros(1, 65, dtype=torch.long))
+    cache = KVCache(3, size=80)
+    gpt(torch.zeros(1, 60, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="65 tokens given, the model has 64 positions"):
+        gpt(torch.zeros(1, 5, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize("mask_given", [False, True])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("cuts", [(9, 10, 11, 12), (1, 2, 12), (4, 9, 12)])
+def test_reading_in_parts_with_a_cache_equals_reading_all(gpt, cuts, padding, mask_given):
+    ids, mask = torch.randint(0, 101, (3, 12)), masks(padding, 3, 12)
+    given = mask if mask_given or padding == "left" else None
+    cache, parts, start = KVCache(3, size=20), [], 0
+    with torch.no_grad():
+        whole = gpt(ids, given)["last_hidden_state"]
+        for end in cuts:
+            part = None if given is None else given[:, :end]
+            out = gpt(ids[:, start:end], part, cache=cache)
+            parts.append(out["last_hidden_state"])
+            start = end
+    assert torch.equal(out["last_token"], parts[-1][:, -1])
+    real = mask.bool()
+    assert torch.allclose(torch.cat(parts, 1)[real], whole[real], atol=1e-5)
+
+
+def test_logits_are_float32_and_exact_under_autocast(gpt):
+    h = 100 * torch.randn(4, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = gpt.hidden_state_to_token(h)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, h @ gpt.word_embedding.weight.T, atol=1e-3)
 
 
 def test_sizes_are_gpt2s():

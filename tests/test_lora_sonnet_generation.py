@@ -1,0 +1,145 @@
+"""The script end to end, as a person runs it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from datasets import read_sonnets
+from finetune.sonnet_metrics import chrf
+from tests.conftest import ROOT, narrow_hf_model
+
+SCRIPT = ROOT / "lora_sonnet_generation.py"
+SHORT = ["--demo", "--limit_train", "30", "--limit_dev", "4", "--epochs", "2"]
+NAME = "lora-gpt2-nano-2-0.002-4-sonnet.pt"
+OUT = "lora_generated_sonnets.txt"
+
+
+def run(folder, *flags, check=True):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *flags, "--sonnet_out", folder / OUT, "--checkpoint_dir", folder],
+        capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(folder, *SHORT)
+
+
+def test_poems_of_14_lines_go_on_from_the_given_ones(finished):
+    folder, _ = finished
+    given = read_sonnets(ROOT / "data" / "sonnets_held_out.txt", 4)
+    poems = read_sonnets(folder / OUT)
+    assert [poem.number for poem in poems] == [sonnet.number for sonnet in given]
+    assert [poem.lines[:3] for poem in poems] == [sonnet.lines for sonnet in given]
+    assert {len(poem.lines) for poem in poems} == {14}
+
+
+def test_metrics_tell_loss_chrf_and_form(finished):
+    folder, done = finished
+    metrics = json.loads((folder / "lora-sonnet-metrics.json").read_text())
+    final, history = metrics["final"], metrics["history"]
+    assert final["val_loss"] == min(record["val_loss"] for record in history)
+    assert final["val_loss"] < final["val_loss_before_training"]
+    best = next(record for record in history if record["val_loss"] == final["val_loss"])
+    assert final["dev_chrf"] == best["dev_chrf"]
+    form = {"share_of_14_lines", "syllables_per_line", "rhyming_pairs", "longest_copied_run"}
+    assert form <= final.keys()
+    assert final["shakespeare"].keys() == form
+    assert final["shakespeare"]["rhyming_pairs"] > 0.7
+    assert metrics["trainable_parameters"] == 73_728
+    for value in (final["val_loss_before_training"], final["val_loss"], final["dev_chrf"]):
+        assert f"  {value:.4f}\n" in done.stdout
+    assert re.search(r"rhyming pairs +[\d.e-]+ \(Shakespeare 0\.\d+\)", done.stdout)
+
+
+def test_two_dev_poems_are_shown_whenever_an_epoch_is_the_best(finished):
+    _, done = finished
+    lines = done.stdout.splitlines()
+    for sonnet in read_sonnets(ROOT / "data" / "sonnets_held_out_dev.txt", 2):
+        assert lines.count(str(sonnet.number)) == done.stdout.count("(best)") > 0
+        assert lines[lines.index(str(sonnet.number)) + 1] == sonnet.lines[0]
+
+
+def test_predict_only_repeats_the_poems_or_takes_other_decoding_flags(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / NAME).write_bytes((folder / NAME).read_bytes())
+    done = run(tmp_path, *SHORT, "--predict_only")
+    assert "epoch 1" not in done.stdout
+    assert (tmp_path / OUT).read_bytes() == (folder / OUT).read_bytes()
+    assert not (tmp_path / "lora-sonnet-metrics.json").exists()
+    flags = "--greedy --max_lines 5 --repetition_penalty 1.2 --no_repeat_ngram_size 4"
+    run(tmp_path, *SHORT, "--predict_only", *flags.split())
+    assert {len(poem.lines) for poem in read_sonnets(tmp_path / OUT)} == {5}
+
+
+def test_samples_to_choose_from(finished, tmp_path):
+    folder, _ = finished
+    (tmp_path / NAME).write_bytes((folder / NAME).read_bytes())
+    run(tmp_path, *SHORT, "--predict_only", "--num_samples", "3")
+    poems = read_sonnets(tmp_path / OUT)
+    samples = read_sonnets(tmp_path / "lora_generated_sonnets_samples.txt")
+    assert [poem.number for poem in samples] == [poem.number for poem in poems for _ in range(3)]
+    assert samples[::3] == poems
+    assert len({poem.lines for poem in samples}) == 12
+    assert chrf(samples[::3], poems) == 100
+
+
+def test_the_same_seed_gives_the_same_run(finished, tmp_path):
+    folder, _ = finished
+    run(tmp_path, *SHORT)
+    first, second = (torch.load(d / NAME, weights_only=True)["adapter"] for d in (folder, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / OUT).read_bytes() == (folder / OUT).read_bytes()
+
+
+def test_a_real_vocabulary_and_bfloat16(gpt2_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    narrow_hf_model(vocab_size=50257, n_positions=128).save_pretrained(folder)
+    gpt2_tokenizer.save_pretrained(folder)
+    flags = "--demo --limit_train 6 --limit_dev 2 --epochs 1 --precision bf16 --grad_accum 2"
+    run(tmp_path, "--model_path", folder, *flags.split())
+    given = read_sonnets(ROOT / "data" / "sonnets_held_out.txt", 2)
+    assert [poem.lines[:3] for poem in read_sonnets(tmp_path / OUT)] == [s.lines for s in given]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["--temperature", "0"], 2, "'0' is not a number above 0"),
+        (["--temperature", "-1"], 2, "'-1' is not a number above 0"),
+        (["--top_p", "0"], 2, "'0' is not a number above 0 and of 1 or less"),
+        (["--top_p", "1.1"], 2, "'1.1' is not a number above 0 and of 1 or less"),
+        (["--repetition_penalty", "0.5"], 2, "'0.5' is not a number of 1 or more"),
+        (["--max_lines", "3"], 2, "'3' is not a whole number of 4 or more"),
+        (["--num_samples", "0"], 2, "'0' is not a whole number of 1 or more"),
+        (["--demo", "--sonnet_path", "empty.txt"], 1, "empty.txt has no poem under a number"),
+        (["--demo", "--dev_sonnet_path", "prose.txt"], 1, "prose.txt has no poem under a number"),
+        (["--demo", "--held_out_sonnet_path", "long.txt"], 1, "sonnet 3 are 603 tokens, the model"),
+        (["--demo", "--dev_gold_path", "long.txt"], 1, "hold the same numbers in one order"),
+        (["--demo", "--limit_train", "1"], 1, "one poem cannot be split"),
+        (["--demo", "--sonnet_path", "none.txt"], 1, "error: none.txt does not exist"),
+        (["--demo", "--predict_only"], 1, "does not exist: train first"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_nothing_is_overwritten(tmp_path, flags, code, sentence):
+    files = {
+        "empty.txt": "",
+        "prose.txt": "A sentence with 1 number.\n",
+        "long.txt": "3\n" + ("one " * 200 + "\n") * 3,
+        OUT: "kept",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    done = run(tmp_path, *flags, check=False)
+    assert done.returncode == code
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
