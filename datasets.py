@@ -215,6 +215,31 @@ def _shorten(first: str, second: str, encode, max_length: int) -> list[int]:
     return ids(fits)
 
 
+def load_pairs(
+    train: str | Path,
+    dev: str | Path,
+    test: str | Path,
+    limits: tuple[int | None, int | None],
+    tokenizer: "PreTrainedTokenizerFast",
+    max_length: int,
+) -> list[TokenizedPairs]:
+    """Train, dev and test pairs of a run; `limits` are for train, and for dev and test.
+
+    Says what was read, left out and shortened. Raises DataError for an unusable file.
+    """
+    splits = []
+    for path, labelled, limit in (
+        (train, True, limits[0]),
+        (dev, True, limits[1]),
+        (test, False, limits[1]),
+    ):
+        pairs = read_pairs(path, labelled, limit)
+        splits.append(tokenize_pairs(pairs, tokenizer, max_length))
+        shortened = splits[-1].shortened
+        print(pairs.summary() + (f"; shortened {shortened}" if shortened else ""))
+    return splits
+
+
 class PairBatches:
     """Training batches of nearly equal lengths, so that hardly anything is padding."""
 
@@ -309,13 +334,26 @@ def split_sonnets(sonnets: list[Sonnet], seed: int) -> tuple[list[Sonnet], list[
     return chosen[cut:], chosen[:cut]
 
 
+@dataclass(frozen=True)
+class TokenizedSonnet:
+    """A poem as token ids, end of text last, of which the first `prompt_length` are its prompt."""
+
+    ids: list[int]
+    prompt_length: int
+
+
 def tokenize_sonnets(
     sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
-) -> list[list[int]]:
-    """Token ids of each poem, end of text last; one too long for the model loses its end."""
-    texts = ["\n".join(sonnet.lines) for sonnet in sonnets]
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts)
-    return [[*encoding.ids, tokenizer.eos_token_id][: max_length + 1] for encoding in encodings]
+) -> list[TokenizedSonnet]:
+    """Tokenize whole poems; one too long for the model loses its end."""
+    encode, end = tokenizer.backend_tokenizer.encode, tokenizer.eos_token_id
+    return [
+        TokenizedSonnet(
+            [*encode("\n".join(sonnet.lines)).ids, end][: max_length + 1],
+            len(encode(sonnet.prompt).ids),
+        )
+        for sonnet in sonnets
+    ]
 
 
 def tokenize_prompts(
@@ -341,16 +379,9 @@ class SonnetData:
     dev: list[Sonnet]  # to be continued and compared to
     gold: list[Sonnet]
     held_out: list[Sonnet]  # to be continued
-    train_ids: list[list[int]]
-    validation_ids: list[list[int]]
-    gold_ids: list[list[int]]
-
-    def summary(self) -> str:
-        """How many poems there are for what."""
-        return (
-            f"{len(self.train)} poems to train on, {len(self.validation_ids)} to validate, "
-            f"{len(self.dev)} to continue and compare, {len(self.held_out)} to continue"
-        )
+    train_ids: list[TokenizedSonnet]
+    validation_ids: list[TokenizedSonnet]
+    gold_ids: list[TokenizedSonnet]
 
 
 def load_sonnets(
@@ -365,13 +396,18 @@ def load_sonnets(
 ) -> SonnetData:
     """Read, check, split and tokenize the poems of a run; `limits` are for train, dev and held out.
 
-    Raises DataError for an unusable file, and where the gold poems are not those of the dev file.
+    Says what was read. Raises DataError for an unusable file, and where the gold poems are not
+    those of the dev file.
     """
     train, validation = split_sonnets(read_sonnets(path, limits[0]), seed)
     dev, gold, held_out = (read_sonnets(p, limits[1]) for p in (dev_path, gold_path, held_out_path))
     if [sonnet.number for sonnet in dev] != [sonnet.number for sonnet in gold]:
         raise DataError(f"{dev_path} and {gold_path} have to hold the same numbers in one order")
     tokenize_prompts(dev + held_out, tokenizer, max_length)  # fails now, not after the training
+    print(
+        f"{len(train)} poems to train on, {len(validation)} to validate, {len(dev)} to continue "
+        f"and compare, {len(held_out)} to continue"
+    )
     ids = [tokenize_sonnets(group, tokenizer, max_length) for group in (train, validation, gold)]
     return SonnetData(train, dev, gold, held_out, *ids)
 
@@ -381,7 +417,7 @@ class SonnetBatches:
 
     unit = "poem"
 
-    def __init__(self, poems: list[list[int]], batch_size: int, seed: int):
+    def __init__(self, poems: list[TokenizedSonnet], batch_size: int, seed: int):
         self.poems, self.batch_size, self.seed = poems, batch_size, seed
         self.n_examples = len(poems)
 
@@ -394,23 +430,25 @@ class SonnetBatches:
         yield from sonnet_batches([self.poems[i] for i in order], self.batch_size)
 
 
-def sonnet_batches(poems: list[list[int]], batch_size: int) -> Iterator[dict[str, Tensor]]:
+def sonnet_batches(poems: list[TokenizedSonnet], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Batches of poems in the order given."""
     for start in range(0, len(poems), batch_size):
         yield sonnet_batch(poems[start : start + batch_size])
 
 
-def sonnet_batch(poems: list[list[int]]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, and for each of the N real tokens
-    its place in the flattened [B,T], `positions` [N], and the one that follows it, `targets` [N].
+def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` [B,T] padded on the right, `prompt_lengths` [B], and for each
+    of the N real tokens its place in the flattened [B,T], `positions` [N], and the one that
+    follows it, `targets` [N].
     """
-    lengths = torch.tensor([len(poem) - 1 for poem in poems])
+    lengths = torch.tensor([len(poem.ids) - 1 for poem in poems])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B,T]
     input_ids = torch.zeros(mask.shape, dtype=torch.long)
-    input_ids[mask] = torch.tensor([token for poem in poems for token in poem[:-1]])
+    input_ids[mask] = torch.tensor([token for poem in poems for token in poem.ids[:-1]])
     return {
         "input_ids": input_ids,
         "attention_mask": mask.long(),
+        "prompt_lengths": torch.tensor([poem.prompt_length for poem in poems]),
         "positions": mask.flatten().nonzero().squeeze(1),
-        "targets": torch.tensor([token for poem in poems for token in poem[1:]]),
+        "targets": torch.tensor([token for poem in poems for token in poem.ids[1:]]),
     }

@@ -6,12 +6,9 @@ python lora_paraphrase_detection.py --use_gpu --predict_only
 """
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
-
-from datasets import PairBatches, TokenizedPairs, answer_ids, read_pairs, tokenize_pairs
+from datasets import PairBatches, answer_ids, load_pairs
 from finetune.arguments import (
     DATA,
     add_fit_arguments,
@@ -24,7 +21,7 @@ from finetune.arguments import (
     model_name,
     parse_args,
 )
-from finetune.checkpoint import load_adapter, save_adapter
+from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
@@ -36,8 +33,7 @@ from finetune.predictions import (
 )
 from finetune.runtime import make_runtime, run, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import find_checkpoint, load_gpt2, load_tokenizer
-from modules.adapters import describe_parameters
+from models.pretrained import load_pretrained
 from modules.lora import LoRAConfig, add_lora
 
 DEMO = {
@@ -64,74 +60,55 @@ def get_args() -> argparse.Namespace:
     return parse_args(parser, DEMO)
 
 
-def load_data(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> tuple[TokenizedPairs, TokenizedPairs, TokenizedPairs]:
-    """Train, dev and test pairs; says what was read and what was left out."""
-    files = [
-        (args.para_train, True, args.limit_train),
-        (args.para_dev, True, args.limit_dev),
-        (args.para_test, False, args.limit_dev),
-    ]
-    splits = []
-    for path, labelled, limit in files:
-        pairs = read_pairs(path, labelled, limit)
-        splits.append(tokenize_pairs(pairs, tokenizer, max_length))
-        shortened = splits[-1].shortened
-        print(pairs.summary() + (f"; shortened {shortened}" if shortened else ""))
-    return tuple(splits)
-
-
 def main() -> None:
     args = get_args()
     runtime = make_runtime(args.use_gpu, args.precision)
     seed_everything(args.seed)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
-    gpt = load_gpt2(folder)
-    tokenizer = load_tokenizer(folder)
-    train, dev, test = load_data(args, tokenizer, gpt.config.n_positions)
+    gpt, tokenizer = load_pretrained(args.model_path or args.model_size)
+    paths = (args.para_train, args.para_dev, args.para_test)
+    limits = (args.limit_train, args.limit_dev)
+    train, dev, test = load_pairs(*paths, limits, tokenizer, gpt.config.n_positions)
 
     # Build
     lora = config_from(LoRAConfig, args, "lora_")
     add_lora(gpt, lora)
-    model = ParaphraseGPT(gpt, answer_ids(tokenizer)).to(runtime.device)
-    if args.compile:
-        model.compile(dynamic=True)
-    print(f"{describe_parameters(model)}, on {runtime.device}")
+    model = ParaphraseGPT(gpt, answer_ids(tokenizer))
+    runtime.prepare(model, args.compile)
     checkpoint = checkpoint_path(args, "lora", lora.rank, "paraphrase")
-    same = {"method": "lora", "model": model_name(args), "rank": lora.rank, "alpha": lora.alpha}
+    same = adapter_identity("lora", "paraphrase", model_name(args), lora)
 
     # Fit
+    def score() -> dict[str, float]:
+        return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
+
+    def keep(record: dict) -> None:
+        save_adapter(checkpoint, model, same | record)
+
     if not args.predict_only:
+        batches = PairBatches(train, args.batch_size, args.seed)
+        stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
+        config = config_from(FitConfig, args)
         history, measured = fit(
-            model,
-            paraphrase_loss,
-            PairBatches(train, args.batch_size, args.seed),
-            lambda: paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels),
-            lambda record: save_adapter(checkpoint, model, asdict(lora) | same | record),
-            config_from(FitConfig, args),
-            EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args)),
-            runtime,
+            model, paraphrase_loss, batches, score, keep, config, stopper, runtime
         )
 
     # Predict
     best = load_adapter(checkpoint, model, same)
     dev_logits = paraphrase_logits(model, dev, runtime, "dev")
     test_logits = paraphrase_logits(model, test, runtime, "test")
-    dev_metrics = paraphrase_metrics(dev_logits, dev.labels)
+    final = paraphrase_metrics(dev_logits, dev.labels)
 
     # Write
     write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
     write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    table = paraphrase_table(best["epoch"], dev_metrics, dev.labels)
+    files = {"checkpoint": checkpoint, "dev": args.para_dev_out, "test": args.para_test_out}
     if not args.predict_only:
-        path = Path(args.para_dev_out).parent / "lora-paraphrase-metrics.json"
-        write_metrics(path, vars(args), history, dev_metrics, measured)
-        table |= measured | {"metrics": path}
-    table |= {"checkpoint": checkpoint, "dev": args.para_dev_out, "test": args.para_test_out}
-    print(format_table(table))
+        files["metrics"] = Path(args.para_dev_out).parent / "lora-paraphrase-metrics.json"
+        write_metrics(files["metrics"], vars(args), history, final, measured)
+        files = measured | files
+    print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))
 
 
 if __name__ == "__main__":

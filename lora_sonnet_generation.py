@@ -6,8 +6,6 @@ python lora_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --nu
 """
 
 import argparse
-from dataclasses import asdict
-from itertools import chain
 
 from datasets import SonnetBatches, load_sonnets
 from finetune.arguments import (
@@ -23,7 +21,7 @@ from finetune.arguments import (
     model_name,
     parse_args,
 )
-from finetune.checkpoint import load_adapter, save_adapter
+from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
 from finetune.predictions import (
@@ -31,14 +29,13 @@ from finetune.predictions import (
     format_table,
     sonnet_table,
     write_metrics,
-    write_sonnets,
+    write_samples,
 )
 from finetune.runtime import make_runtime, run, seed_everything
 from finetune.sampling import Poet, SamplingConfig
-from finetune.sonnet_metrics import SonnetScorer, next_token_loss, sonnet_form
-from models.pretrained import find_checkpoint, load_gpt2, load_tokenizer
+from finetune.sonnet_metrics import SonnetScorer
+from models.pretrained import load_pretrained
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
-from modules.adapters import describe_parameters
 from modules.lora import LoRAConfig, add_lora
 
 DEMO = {
@@ -75,65 +72,47 @@ def main() -> None:
     seed_everything(args.seed)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
-    gpt = load_gpt2(folder)
-    tokenizer = load_tokenizer(folder)
+    gpt, tokenizer = load_pretrained(args.model_path or args.model_size)
     paths = (args.sonnet_path, args.dev_sonnet_path, args.dev_gold_path, args.held_out_sonnet_path)
     limits = (args.limit_train, args.limit_dev)
     data = load_sonnets(*paths, limits, args.seed, tokenizer, gpt.config.n_positions)
-    print(data.summary())
 
     # Build
     lora = config_from(LoRAConfig, args, "lora_")
     add_lora(gpt, lora)
-    model = SonnetGPT(gpt).to(runtime.device)
-    if args.compile:
-        model.compile(dynamic=True)
-    print(f"{describe_parameters(model)}, on {runtime.device}")
+    model = SonnetGPT(gpt)
+    runtime.prepare(model, args.compile)
     checkpoint = checkpoint_path(args, "lora", lora.rank, "sonnet")
-    same = {"method": "lora", "model": model_name(args), "rank": lora.rank, "alpha": lora.alpha}
+    same = adapter_identity("lora", "sonnet", model_name(args), lora)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
 
     # Fit
     def keep(record: dict) -> None:
-        save_adapter(checkpoint, model, asdict(lora) | same | record)
+        save_adapter(checkpoint, model, same | record)
         print(*map(format_sonnet, score.poems[:2]), sep="")
 
     if not args.predict_only:
-        untrained = next_token_loss(model, data.validation_ids, runtime)
+        untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
-        history, measured = fit(
-            model,
-            sonnet_loss,
-            SonnetBatches(data.train_ids, args.batch_size, args.seed),
-            score,
-            keep,
-            config_from(FitConfig, args),
-            EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args)),
-            runtime,
-        )
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed)
+        stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
+        config = config_from(FitConfig, args)
+        history, measured = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime)
 
     # Predict
     best = load_adapter(checkpoint, model, same)
-    metrics = score()
-    form, gold_form = (sonnet_form(poems, data.train) for poems in (score.poems, data.gold))
+    final = score.final()
     samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
 
     # Write
-    write_sonnets(args.sonnet_out, samples[0])
-    table = sonnet_table(best["epoch"], metrics, form, gold_form)
+    files = {"checkpoint": checkpoint} | write_samples(args.sonnet_out, samples)
     if not args.predict_only:
-        path = args.sonnet_out.parent / "lora-sonnet-metrics.json"
-        final = {"val_loss_before_training": untrained} | metrics | form
-        write_metrics(path, vars(args), history, final | {"shakespeare": gold_form}, measured)
-        table = {"val loss before training": f"{untrained:.4f}"} | table | measured
-        table["metrics"] = path
-    table |= {"checkpoint": checkpoint, "sonnets": args.sonnet_out}
-    if args.num_samples > 1:
-        table["samples"] = args.sonnet_out.with_stem(f"{args.sonnet_out.stem}_samples")
-        write_sonnets(table["samples"], chain(*zip(*samples, strict=True)))
-    print(format_table(table))
+        final = {"val_loss_before_training": untrained} | final
+        files["metrics"] = args.sonnet_out.parent / "lora-sonnet-metrics.json"
+        write_metrics(files["metrics"], vars(args), history, final, measured)
+        files = measured | files
+    print(format_table(sonnet_table(best["epoch"], final) | files))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from finetune.runtime import PRECISIONS
 from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
 from modules.lora import TARGETS, LoRAConfig
+from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, ReFTConfig
 
 Config = TypeVar("Config")
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -89,83 +91,62 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def flag(group: argparse._ArgumentGroup, kind: type, name: str, help: str = "", **options) -> None:
+    """Add a flag for a field of a config dataclass, whose default it takes and tells in brackets.
+
+    `name` is the flag's; the field is the same without `lora_` or `reft_` before it.
+    """
+    default = getattr(kind, re.sub("^(lora|reft)_", "", name))
+    options["help"] = f"{help} [%(default)s]".strip() if "[" not in help else help
+    group.add_argument(f"--{name}", default=default, **options)
+
+
 def add_fit_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Training and early stopping."""
     group = parser.add_argument_group("training (defaults in brackets)")
-    group.add_argument("--epochs", type=whole(1), default=FitConfig.epochs, help="[%(default)s]")
     group.add_argument("--batch_size", type=whole(1), default=batch_size, help="[%(default)s]")
-    group.add_argument("--lr", type=number(above=0), default=FitConfig.lr, help="[%(default)s]")
-    group.add_argument(
-        "--weight_decay", type=number(least=0), default=FitConfig.weight_decay, help="[%(default)s]"
-    )
-    group.add_argument(
-        "--grad_accum",
-        type=whole(1),
-        default=FitConfig.grad_accum,
-        help="batches per optimizer step [%(default)s]",
-    )
-    group.add_argument(
-        "--grad_clip",
-        type=number(least=0),
-        default=FitConfig.grad_clip,
-        help="largest gradient norm, 0 for no clipping [%(default)s]",
-    )
-    group.add_argument(
-        "--lr_schedule",
-        choices=SCHEDULES,
-        default=FitConfig.lr_schedule,
-        help="after the warm-up [%(default)s]",
-    )
-    group.add_argument(
-        "--warmup_ratio",
-        type=number(least=0, below=1),
-        default=FitConfig.warmup_ratio,
-        help="share of all steps [%(default)s]",
-    )
-    group.add_argument(
-        "--early_stopping_patience",
-        type=whole(0),
-        default=EarlyStoppingConfig.early_stopping_patience,
-        help="epochs without --min_improvement after which to stop, 0 for never [%(default)s]",
-    )
-    group.add_argument(
-        "--min_improvement",
-        type=number(least=0),
-        default=EarlyStoppingConfig.min_improvement,
-        help="[%(default)s]",
-    )
+    flag(group, FitConfig, "epochs", type=whole(1))
+    flag(group, FitConfig, "lr", "learning rate of AdamW", type=number(above=0))
+    flag(group, FitConfig, "weight_decay", type=number(least=0))
+    flag(group, FitConfig, "grad_accum", "batches per optimizer step", type=whole(1))
+    flag(group, FitConfig, "grad_clip", "largest gradient norm, 0 is off", type=number(least=0))
+    flag(group, FitConfig, "lr_schedule", "after the warm-up", choices=SCHEDULES)
+    flag(group, FitConfig, "warmup_ratio", "share of all steps", type=number(least=0, below=1))
+    help = "epochs without --min_improvement after which to stop, 0 is never"
+    flag(group, EarlyStoppingConfig, "early_stopping_patience", help, type=whole(0))
+    flag(group, EarlyStoppingConfig, "min_improvement", type=number(least=0))
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of LoRAConfig."""
     group = parser.add_argument_group("LoRA (defaults in brackets)")
-    group.add_argument("--lora_rank", type=whole(1), default=LoRAConfig.rank, help="[%(default)s]")
-    group.add_argument(
-        "--lora_alpha",
-        type=number(above=0),
-        default=LoRAConfig.alpha,
-        help="the adapter is scaled by alpha / rank [%(default)s]",
-    )
-    group.add_argument(
-        "--lora_dropout",
-        type=number(least=0, below=1),
-        default=LoRAConfig.dropout,
-        help="on the adapter's input [%(default)s]",
-    )
-    group.add_argument(
-        "--lora_targets",
-        nargs="+",
-        choices=TARGETS,
-        default=LoRAConfig.targets,
-        help="linear layers that get an adapter [all of them]",
-    )
-    group.add_argument(
-        "--lora_layers",
-        nargs="+",
-        type=whole(0),
-        metavar="LAYER",
-        help="blocks that get adapters, counted from 0 [all of them]",
-    )
+    flag(group, LoRAConfig, "lora_rank", type=whole(1))
+    flag(group, LoRAConfig, "lora_alpha", "scaled by alpha / rank", type=number(above=0))
+    dropout = number(least=0, below=1)
+    flag(group, LoRAConfig, "lora_dropout", "on the adapter's input", type=dropout)
+    help = "linear layers that get an adapter [all of them]"
+    flag(group, LoRAConfig, "lora_targets", help, nargs="+", choices=TARGETS)
+    help = "blocks that get adapters, counted from 0 [all of them]"
+    flag(group, LoRAConfig, "lora_layers", help, nargs="+", type=whole(0), metavar="LAYER")
+
+
+def add_reft_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of ReFTConfig."""
+    group = parser.add_argument_group("ReFT (defaults in brackets)")
+    flag(group, ReFTConfig, "reft_type", choices=INTERVENTIONS)
+    flag(group, ReFTConfig, "reft_rank", type=whole(1))
+    help = "the type adapter is scaled by alpha / rank"
+    flag(group, ReFTConfig, "reft_alpha", help, type=number(above=0))
+    dropout = number(least=0, below=1)
+    flag(group, ReFTConfig, "reft_dropout", "on what is added to the states", type=dropout)
+    help = "[relu for the type adapter, linear, as in the paper, for the others]"
+    flag(group, ReFTConfig, "reft_activation", help, choices=ACTIVATIONS)
+    help = "the states after these parts of a block are edited [both]"
+    flag(group, ReFTConfig, "reft_locations", help, nargs="+", choices=LOCATIONS)
+    help = "blocks that are edited, counted from 0 [all of them]"
+    flag(group, ReFTConfig, "reft_layers", help, nargs="+", type=whole(0), metavar="LAYER")
+    help = "all, or of the prompt the first N and last M (each half of it at most): fN+lM, fN, lM"
+    flag(group, ReFTConfig, "reft_positions", help)
 
 
 def add_paraphrase_data_arguments(parser: argparse.ArgumentParser, method: str) -> None:
@@ -193,56 +174,22 @@ def add_sonnet_data_arguments(parser: argparse.ArgumentParser, method: str) -> N
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of SamplingConfig, and how many samples to take."""
     group = parser.add_argument_group("generation (defaults in brackets)")
-    group.add_argument(
-        "--temperature",
-        type=number(above=0),
-        default=SamplingConfig.temperature,
-        help="[%(default)s]",
-    )
-    group.add_argument(
-        "--top_p",
-        type=number(above=0, most=1),
-        default=SamplingConfig.top_p,
-        help="sample from the likeliest tokens that hold this mass [%(default)s]",
-    )
+    flag(group, SamplingConfig, "temperature", type=number(above=0))
+    help = "sample from the likeliest tokens that hold this mass"
+    flag(group, SamplingConfig, "top_p", help, type=number(above=0, most=1))
     group.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    group.add_argument(
-        "--repetition_penalty",
-        type=number(least=1),
-        default=SamplingConfig.repetition_penalty,
-        help="makes tokens that were there before less likely, 1 is off [%(default)s]",
-    )
-    group.add_argument(
-        "--no_repeat_ngram_size",
-        type=whole(0),
-        default=SamplingConfig.no_repeat_ngram_size,
-        help="no run of so many tokens comes twice in a poem, 0 is off [%(default)s]",
-    )
-    group.add_argument(
-        "--min_lines",
-        type=whole(0),
-        default=SamplingConfig.min_lines,
-        help="no end of text before; 0 leaves that to the model [%(default)s]",
-    )
-    group.add_argument(
-        "--max_lines",
-        type=whole(GIVEN_LINES + 1),
-        default=SamplingConfig.max_lines,
-        help="lines of a whole poem, the given ones included [%(default)s]",
-    )
-    group.add_argument(
-        "--max_new_tokens",
-        type=whole(1),
-        default=SamplingConfig.max_new_tokens,
-        help="should the lines not come to an end [%(default)s]",
-    )
-    group.add_argument(
-        "--num_samples",
-        type=whole(1),
-        default=1,
-        metavar="K",
-        help="write K poems for each of the held-out sonnets to a second file [no such file]",
-    )
+    help = "makes tokens that were there before less likely, 1 is off"
+    flag(group, SamplingConfig, "repetition_penalty", help, type=number(least=1))
+    help = "no run of so many tokens comes twice in a poem, 0 is off"
+    flag(group, SamplingConfig, "no_repeat_ngram_size", help, type=whole(0))
+    help = "no end of text in a shorter poem, 0 leaves that to the model"
+    flag(group, SamplingConfig, "min_lines", help, type=whole(0))
+    help = "lines of a whole poem, the given ones included"
+    flag(group, SamplingConfig, "max_lines", help, type=whole(GIVEN_LINES + 1))
+    help = "the end of a poem whose lines do not end"
+    flag(group, SamplingConfig, "max_new_tokens", help, type=whole(1))
+    help = "K poems for each of the held-out sonnets, to choose from, in a second file"
+    group.add_argument("--num_samples", type=whole(1), default=1, metavar="K", help=help)
 
 
 def parse_args(parser: argparse.ArgumentParser, demo: dict[str, Any]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Adapter checkpoints: adapter tensors and plain values in one file that holds no code."""
 
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from torch import nn
 from finetune.files import replacing
 from models.pretrained import CheckpointError
 from modules.adapters import AdapterError, adapter_state, load_adapter_state
+
+
+def adapter_identity(method: str, task: str, model: str, config: Any) -> dict[str, Any]:
+    """What has to be the same in the run that saves an adapter and in the one that reads it."""
+    same = {"method": method, "task": task, "model": model} | asdict(config)
+    del same["dropout"]
+    return same
 
 
 def save_adapter(path: Path, model: nn.Module, about: dict[str, Any]) -> None:

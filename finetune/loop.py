@@ -128,6 +128,9 @@ class Updater:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_factor(config, batches_per_epoch)
         )
+        # Modules that hold their weights to a constraint, as LoReFT does, mend them after a step.
+        modules = (m for m in model.modules() if hasattr(m, "after_step"))
+        self.constrained = list(modules)
         self.scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
 
     def backward(self, batch: Batch, n_accumulated: int) -> Tensor:
@@ -145,6 +148,8 @@ class Updater:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
+        for module in self.constrained:
+            module.after_step()
         self.schedule.step()
 
 

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ def write_paraphrase_predictions(path: str, ids: Iterable[str], classes: Iterabl
 def write_sonnets(path: str | Path, sonnets: Iterable[Sonnet]) -> None:
     """The course's format, which its reader and `datasets.read_sonnets` take."""
     write_text(path, "--Generated Sonnets-- \n\n" + "".join(map(format_sonnet, sonnets)))
+
+
+def write_samples(path: Path, samples: list[list[Sonnet]]) -> dict[str, Path]:
+    """Write the first sample of each sonnet; if there are more, all of them to a second file.
+
+    Returns the files by what they hold.
+    """
+    write_sonnets(path, samples[0])
+    if len(samples) == 1:
+        return {"sonnets": path}
+    second = path.with_stem(f"{path.stem}_samples")
+    write_sonnets(second, chain(*zip(*samples, strict=True)))
+    return {"sonnets": path, "samples": second}
 
 
 def format_sonnet(sonnet: Sonnet) -> str:
@@ -56,15 +70,15 @@ def paraphrase_table(epoch: int, metrics: dict[str, float], labels: np.ndarray) 
     return rows | {"dev accuracy of always answering no": f"{(labels == 0).mean():.4f}"}
 
 
-def sonnet_table(
-    epoch: int, metrics: dict[str, float], form: dict[str, float], gold: dict[str, float]
-) -> dict[str, Any]:
+def sonnet_table(epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
     """The rows that tell how good the dev poems are, those of form beside Shakespeare's own."""
-    rows = {"best epoch": epoch}
-    rows |= {name.replace("_", " "): f"{value:.4f}" for name, value in metrics.items()}
-    return rows | {
-        name.replace("_", " "): f"{form[name]:.4g} (Shakespeare {gold[name]:.4g})" for name in form
-    }
+    rows, gold = {"best epoch": epoch}, metrics["shakespeare"]
+    for name, value in metrics.items():
+        if name in gold:
+            rows[name.replace("_", " ")] = f"{value:.4g} (Shakespeare {gold[name]:.4g})"
+        elif name != "shakespeare":
+            rows[name.replace("_", " ")] = f"{value:.4f}"
+    return rows
 
 
 def format_table(rows: dict[str, Any]) -> str:

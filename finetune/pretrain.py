@@ -57,7 +57,9 @@ def main() -> None:
     train, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
     print(f"{train.size:,} training tokens, {held_out.size:,} held out")
     n_embd, n_layer, n_head = SIZES[args.model_size]
-    model = GPT2Model(GPT2Config(args.vocab_size, args.context, n_embd, n_layer, n_head))
+    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    shape = (args.vocab_size, args.context, n_embd, n_layer, n_head)
+    model = GPT2Model(GPT2Config(*shape, **no_dropout))
     model.to(runtime.device)
     start = time.perf_counter()
     train_model(model, train, held_out, args, runtime)
@@ -156,8 +158,7 @@ def make_optimizers(model: GPT2Model, args: argparse.Namespace) -> list[torch.op
 def train_model(
     model: GPT2Model, train: np.ndarray, held_out: np.ndarray, args, runtime: Runtime
 ) -> None:
-    """Warm up, then let the learning rate fall to zero on a line; dropout off (about one epoch)."""
-    model.eval()
+    """Warm up, then let the learning rate fall to zero on a line."""
     generator = np.random.default_rng(args.seed)
     optimizers = make_optimizers(model, args)
     schedules = [

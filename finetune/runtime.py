@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from datasets import DataError
 from models.pretrained import CheckpointError
-from modules.adapters import AdapterError
+from modules.adapters import AdapterError, describe_parameters
 
 PRECISIONS = {  # name -> autocast type
     "fp32": None,
@@ -37,6 +38,13 @@ class Runtime:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def prepare(self, model: nn.Module, compile: bool) -> None:
+        """Bring the model to the device, compile it if wanted, and say how large it is."""
+        model.to(self.device)
+        if compile:
+            model.compile(dynamic=True)
+        print(f"{describe_parameters(model)}, on {self.device}")
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on the device, by a copy that a GPU does not wait for."""

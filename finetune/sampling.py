@@ -146,6 +146,7 @@ def generate(
     n_new = max(row.longest - len(row.text) for row in active)
     input_ids, mask = _left_padded(prompts, n_new, runtime.device)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=runtime.device)
     padded = not bool(mask.all())
     cache = KVCache(gpt.config.n_layer, mask.shape[1])
     while active:
@@ -157,6 +158,7 @@ def generate(
                 position_ids[:, past:end],
                 right_padded=not padded,
                 cache=cache,
+                prompt_lengths=prompt_lengths,
             )["last_hidden_state"]
         logits = gpt.hidden_state_to_token(h[:, -1])  # [B,V]
         tokens = choose_tokens(logits, active, end_of_text, config)
@@ -172,7 +174,9 @@ def generate(
         if len(goes_on) < len(active):
             active = [active[i] for i in goes_on]
             keep = torch.tensor(goes_on, dtype=torch.long, device=runtime.device)
-            mask, position_ids = mask[keep], position_ids[keep]
+            mask, position_ids, prompt_lengths = (
+                x[keep] for x in (mask, position_ids, prompt_lengths)
+            )
             cache.keep(keep)
         input_ids = torch.tensor([[row.text[-1]] for row in active], device=runtime.device)
     return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pronouncing
@@ -10,7 +11,7 @@ import torch
 from sacrebleu.metrics import CHRF
 from torch import nn
 
-from datasets import GIVEN_LINES, Sonnet, SonnetData, sonnet_batches
+from datasets import GIVEN_LINES, Sonnet, SonnetData, TokenizedSonnet, sonnet_batches
 from finetune.runtime import Runtime
 from finetune.sampling import Poet
 from models.sonnet_gpt import sonnet_loss
@@ -28,18 +29,27 @@ class SonnetScorer:
     data: SonnetData
     poems: list[Sonnet] = field(default_factory=list)
 
+    def validation_loss(self) -> float:
+        """Nats per token on the poems split off."""
+        return next_token_loss(self.model, self.data.validation_ids, self.poet.runtime)
+
     def __call__(self) -> dict[str, float]:
         """The metrics of an epoch; `poems` are then those it was scored by."""
         self.poems = self.poet.write(self.data.dev)
         return {
-            "val_loss": next_token_loss(self.model, self.data.validation_ids, self.poet.runtime),
+            "val_loss": self.validation_loss(),
             "dev_loss": next_token_loss(self.model, self.data.gold_ids, self.poet.runtime),
             "dev_chrf": chrf(self.poems, self.data.gold),
         }
 
+    def final(self) -> dict[str, Any]:
+        """The metrics with the form of the poems, and that of Shakespeare's beside it."""
+        metrics = self() | sonnet_form(self.poems, self.data.train)
+        return metrics | {"shakespeare": sonnet_form(self.data.gold, self.data.train)}
+
 
 @torch.inference_mode()
-def next_token_loss(model: nn.Module, poems: list[list[int]], runtime: Runtime) -> float:
+def next_token_loss(model: nn.Module, poems: list[TokenizedSonnet], runtime: Runtime) -> float:
     """Mean loss over the targets of all tokenized poems, in nats per token."""
     model.eval()
     total = n_targets = 0.0

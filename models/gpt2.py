@@ -10,6 +10,7 @@ from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
 from modules.kv_cache import KVCache
 from modules.linear import linear
+from modules.reft import Positions
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class GPT2Model(nn.Module):
             for _ in range(config.n_layer)
         )
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.edit_positions: Positions | None = None  # where ReFT works, None for everywhere
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
 
@@ -83,12 +85,14 @@ class GPT2Model(nn.Module):
         position_ids: Tensor | None = None,
         right_padded: bool | None = None,
         cache: KVCache | None = None,
+        prompt_lengths: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """`last_hidden_state` [B,T,C] and `last_token` [B,C], the state at the last real token.
 
         `attention_mask` [B,S] is 1 on real tokens: on the T given, and with a `cache` on those
         in it before them. Pass `right_padded=True` where every row is known to be padded on the
-        right: finding it out reads the mask, which makes a GPU wait.
+        right: finding it out reads the mask, which makes a GPU wait. `prompt_lengths` [B] are
+        tokens of each row that ReFT may count as its prompt, by default all the real ones.
         """
         T, past = input_ids.shape[1], cache.length if cache else 0
         if position_ids is None and past + T > self.config.n_positions:
@@ -109,8 +113,18 @@ class GPT2Model(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device)
         h = self.embed_dropout(self.word_embedding(input_ids) + self.pos_embedding(position_ids))
+        edited = None
+        if self.edit_positions is not None:
+            if prompt_lengths is None and past:
+                raise ValueError(
+                    "ReFT at positions of the prompt needs prompt_lengths beside a cache"
+                )
+            if prompt_lengths is None:
+                real = input_ids.new_ones(1, T) if attention_mask is None else attention_mask
+                prompt_lengths = real.sum(1)
+            edited = self.edit_positions.of(position_ids, prompt_lengths)
         for i, layer in enumerate(self.gpt_layers):
-            h = layer(h, visible, cache.layers[i] if cache else None)
+            h = layer(h, visible, cache.layers[i] if cache else None, edited)
         h = self.final_layer_norm(h)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
         return {"last_hidden_state": h, "last_token": _last_token(h, mask)}

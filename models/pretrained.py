@@ -118,6 +118,12 @@ def load_config(folder: Path) -> GPT2Config:
     return config
 
 
+def load_pretrained(name_or_folder: str | Path) -> "tuple[GPT2Model, GPT2TokenizerFast]":
+    """Model and tokenizer of a size in SIZES or of a checkpoint folder."""
+    folder = find_checkpoint(name_or_folder)
+    return load_gpt2(folder), load_tokenizer(folder)
+
+
 def load_gpt2(folder: Path) -> GPT2Model:
     """The model of a checkpoint folder in float32, every name and shape checked."""
     with torch.device("meta"):

@@ -17,13 +17,20 @@ class SonnetGPT(nn.Module):
         self.gpt = gpt
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_lengths: Tensor,
+        positions: Tensor,
+        targets: Tensor,
     ) -> Tensor:
         """Nats per target, a scalar, from a batch of `datasets.SonnetBatches`.
 
         `positions` [N] are places in the flattened [B,T], `targets` [N] the tokens that follow.
         """
-        h = self.gpt(input_ids, attention_mask, right_padded=True)["last_hidden_state"]
+        h = self.gpt(input_ids, attention_mask, right_padded=True, prompt_lengths=prompt_lengths)[
+            "last_hidden_state"
+        ]
         h = h.flatten(0, 1)[positions]  # [N,C]
         return NextTokenLoss.apply(h, self.gpt.word_embedding.weight, targets)
 

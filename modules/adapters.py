@@ -9,7 +9,7 @@ class AdapterError(ValueError):
 
 def is_adapter(name: str) -> bool:
     """True for the name of an adapter's parameter: it decides what trains, counts and is saved."""
-    return name.rpartition(".")[2].startswith("lora_")
+    return name.rpartition(".")[2].startswith(("lora_", "reft_"))
 
 
 def freeze_base(model: nn.Module) -> None:

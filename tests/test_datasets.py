@@ -12,6 +12,7 @@ from datasets import (
     PairBatches,
     Sonnet,
     SonnetBatches,
+    TokenizedSonnet,
     answer_ids,
     load_sonnets,
     make_prompt,
@@ -362,10 +363,18 @@ def test_a_tenth_of_the_sonnets_is_split_off_by_the_seed():
 
 def test_a_sonnet_ends_with_end_of_text_unless_it_is_cut(nano_tokenizer):
     sonnet = Sonnet(1, ("From fairest creatures", "we desire"))
-    (ids,) = tokenize_sonnets([sonnet], nano_tokenizer, 512)
-    assert nano_tokenizer.decode(ids[:-1]) == "From fairest creatures\nwe desire"
-    assert ids[-1] == nano_tokenizer.eos_token_id
-    assert tokenize_sonnets([sonnet], nano_tokenizer, 4) == [ids[:5]]  # four in, the fifth a target
+    (poem,) = tokenize_sonnets([sonnet], nano_tokenizer, 512)
+    assert nano_tokenizer.decode(poem.ids[:-1]) == "From fairest creatures\nwe desire"
+    assert poem.ids[-1] == nano_tokenizer.eos_token_id
+    (cut,) = tokenize_sonnets([sonnet], nano_tokenizer, 4)
+    assert cut.ids == poem.ids[:5]  # four in, the fifth a target
+
+
+def test_the_prompt_of_a_tokenized_sonnet_is_the_one_to_be_continued(nano_tokenizer):
+    sonnets = read_sonnets(ROOT / "data" / "TRUE_sonnets_held_out_dev.txt")
+    poems = tokenize_sonnets(sonnets, nano_tokenizer, 512)
+    for poem, prompt in zip(poems, tokenize_prompts(sonnets, nano_tokenizer, 512), strict=True):
+        assert poem.ids[: poem.prompt_length] == prompt
 
 
 def test_a_prompt_is_the_first_three_lines_and_has_to_leave_room(nano_tokenizer):
@@ -378,7 +387,8 @@ def test_a_prompt_is_the_first_three_lines_and_has_to_leave_room(nano_tokenizer)
 
 
 def test_each_real_token_predicts_the_one_after_it():
-    batch = sonnet_batch([[5, 6, 7, 99], [8, 99]])
+    batch = sonnet_batch([TokenizedSonnet([5, 6, 7, 99], 2), TokenizedSonnet([8, 99], 1)])
+    assert batch["prompt_lengths"].tolist() == [2, 1]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     ids = batch["input_ids"].flatten()
     pairs = [
@@ -388,7 +398,7 @@ def test_each_real_token_predicts_the_one_after_it():
 
 
 def test_an_epoch_has_every_poem_once_in_an_order_of_seed_and_epoch():
-    poems = [[i, i, 99] for i in range(10)]
+    poems = [TokenizedSonnet([i, i, 99], 1) for i in range(10)]
 
     def order(seed, epoch):
         return [

@@ -106,6 +106,6 @@ def test_the_loss_of_poems_does_not_depend_on_batches(gold, nano_tokenizer):
     )
     poems = tokenize_sonnets(gold + gold[:6], nano_tokenizer, 512)  # more than one batch
     losses = torch.tensor([next_token_loss(model, [poem], runtime) for poem in poems])
-    n = torch.tensor([len(poem) - 1.0 for poem in poems])
+    n = torch.tensor([len(poem.ids) - 1.0 for poem in poems])
     expected = (losses * n).sum() / n.sum()
     assert next_token_loss(model, poems, runtime) == pytest.approx(expected.item(), abs=1e-4)

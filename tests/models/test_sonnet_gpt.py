@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from datasets import sonnet_batch
+from datasets import TokenizedSonnet, sonnet_batch
 from models import sonnet_gpt
 from models.sonnet_gpt import NextTokenLoss, SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
@@ -49,7 +49,7 @@ def test_an_embedding_that_trains_is_refused():
 
 def test_the_loss_is_transformers_own_whatever_stands_in_the_padding(hf_model, gpt):
     add_lora(gpt, LoRAConfig(rank=2))
-    batch = sonnet_batch(POEMS)
+    batch = sonnet_batch([TokenizedSonnet(ids, 2) for ids in POEMS])
     # Labels for transformers: all tokens, end of text too, and -100 where there is none.
     ids, labels = (torch.full((3, 7), fill) for fill in (0, -100))
     for row, poem in enumerate(POEMS):
@@ -64,7 +64,8 @@ def test_the_loss_is_transformers_own_whatever_stands_in_the_padding(hf_model, g
 
 def test_a_step_changes_the_adapter_alone_and_lowers_the_loss(gpt):
     add_lora(gpt, LoRAConfig(rank=2, dropout=0.0))
-    model, batch = SonnetGPT(gpt), sonnet_batch(POEMS)
+    model = SonnetGPT(gpt)
+    batch = sonnet_batch([TokenizedSonnet(ids, 2) for ids in POEMS])
     before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []

@@ -1,0 +1,119 @@
+"""Fine-tune GPT-2 with ReFT on Shakespeare's sonnets and let it continue others.
+
+python reft_sonnet_generation.py --demo             # bundled model and data, on a CPU
+python reft_sonnet_generation.py --use_gpu          # gpt2
+python reft_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --num_samples 5
+"""
+
+import argparse
+
+from datasets import SonnetBatches, load_sonnets
+from finetune.arguments import (
+    DATA,
+    add_fit_arguments,
+    add_model_arguments,
+    add_reft_arguments,
+    add_run_arguments,
+    add_sampling_arguments,
+    add_sonnet_data_arguments,
+    checkpoint_path,
+    config_from,
+    model_name,
+    parse_args,
+)
+from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.loop import FitConfig, fit
+from finetune.predictions import (
+    format_sonnet,
+    format_table,
+    sonnet_table,
+    write_metrics,
+    write_samples,
+)
+from finetune.runtime import make_runtime, run, seed_everything
+from finetune.sampling import Poet, SamplingConfig
+from finetune.sonnet_metrics import SonnetScorer
+from models.pretrained import load_pretrained
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.reft import ReFTConfig, add_reft
+
+DEMO = {
+    "model_size": "gpt2-nano",
+    "sonnet_path": DATA / "sonnets.txt",
+    "held_out_sonnet_path": DATA / "sonnets_held_out.txt",
+    "dev_sonnet_path": DATA / "sonnets_held_out_dev.txt",
+    "dev_gold_path": DATA / "TRUE_sonnets_held_out_dev.txt",
+    "epochs": 4,
+    "lr": 2e-3,
+    "lr_schedule": "linear",
+    "warmup_ratio": 0.1,
+    "temperature": 0.9,
+}
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_sonnet_data_arguments(parser, "reft")
+    add_model_arguments(parser)
+    add_reft_arguments(parser)
+    add_fit_arguments(parser, batch_size=4)
+    add_sampling_arguments(parser)
+    add_run_arguments(parser)
+    parser.set_defaults(epochs=10, lr=1.5e-4, reft_dropout=0.1)
+    return parse_args(parser, DEMO)
+
+
+def main() -> None:
+    args = get_args()
+    runtime = make_runtime(args.use_gpu, args.precision)
+    seed_everything(args.seed)
+
+    # Load
+    gpt, tokenizer = load_pretrained(args.model_path or args.model_size)
+    paths = (args.sonnet_path, args.dev_sonnet_path, args.dev_gold_path, args.held_out_sonnet_path)
+    limits = (args.limit_train, args.limit_dev)
+    data = load_sonnets(*paths, limits, args.seed, tokenizer, gpt.config.n_positions)
+
+    # Build
+    reft = config_from(ReFTConfig, args, "reft_")
+    add_reft(gpt, reft)
+    model = SonnetGPT(gpt)
+    runtime.prepare(model, args.compile)
+    checkpoint = checkpoint_path(args, "reft", reft.rank, "sonnet")
+    same = adapter_identity("reft", "sonnet", model_name(args), reft)
+    poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
+    score = SonnetScorer(model, poet, data)
+
+    # Fit
+    def keep(record: dict) -> None:
+        save_adapter(checkpoint, model, same | record)
+        print(*map(format_sonnet, score.poems[:2]), sep="")
+
+    if not args.predict_only:
+        untrained = score.validation_loss()
+        print(f"validation loss before training {untrained:.4f}")
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed)
+        stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
+        config = config_from(FitConfig, args)
+        history, measured = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime)
+
+    # Predict
+    best = load_adapter(checkpoint, model, same)
+    final = score.final()
+    samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
+
+    # Write
+    files = {"checkpoint": checkpoint} | write_samples(args.sonnet_out, samples)
+    if not args.predict_only:
+        final = {"val_loss_before_training": untrained} | final
+        files["metrics"] = args.sonnet_out.parent / "reft-sonnet-metrics.json"
+        write_metrics(files["metrics"], vars(args), history, final, measured)
+        files = measured | files
+    print(format_table(sonnet_table(best["epoch"], final) | files))
+
+
+if __name__ == "__main__":
+    run(main)
