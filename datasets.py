@@ -20,7 +20,7 @@ ANSWERS = ("no", "yes")  # class 0, class 1
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
 POOL = 100  # batches that are sorted by length together
-SONNET_NUMBER = re.compile(r"\s*([0-9]+)\s*")
+SONNET_NUMBER = re.compile(r"\s*([0-9]{1,9})\s*")
 GIVEN_LINES = 3  # of a sonnet to be continued
 
 

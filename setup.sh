@@ -25,6 +25,8 @@ install -r requirements.txt
 
 if [[ ${1:-} == --test ]]; then
     install -r tests/requirements.txt
+    # pyreft asks for old versions of much that its interventions do not need.
+    install -qq --no-deps -r tests/requirements-no-deps.txt || echo "No pyreft: its tests are skipped."
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 echo "Ready. Next: .venv/bin/python lora_paraphrase_detection.py --demo"

@@ -14,8 +14,9 @@ from finetune.loop import SCHEDULES, FitConfig
 from finetune.runtime import PRECISIONS
 from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
+from modules.adapters import AdapterError
 from modules.lora import TARGETS, LoRAConfig
-from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, ReFTConfig
+from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, Positions, ReFTConfig
 
 Config = TypeVar("Config")
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -55,6 +56,15 @@ def number(
         return value
 
     return convert
+
+
+def positions(text: str) -> str:
+    """Type of a flag that takes what `Positions.parse` understands."""
+    try:
+        Positions.parse(text)
+    except AdapterError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +156,7 @@ def add_reft_arguments(parser: argparse.ArgumentParser) -> None:
     help = "blocks that are edited, counted from 0 [all of them]"
     flag(group, ReFTConfig, "reft_layers", help, nargs="+", type=whole(0), metavar="LAYER")
     help = "all, or of the prompt the first N and last M (each half of it at most): fN+lM, fN, lM"
-    flag(group, ReFTConfig, "reft_positions", help)
+    flag(group, ReFTConfig, "reft_positions", help, type=positions)
 
 
 def add_paraphrase_data_arguments(parser: argparse.ArgumentParser, method: str) -> None:

@@ -95,7 +95,7 @@ class Row:
     def __init__(self, prompt: list[int], seed: Sequence[int], longest: int, counter: LineCounter):
         self.text, self.longest, self.counter = list(prompt), longest, counter
         self.generator = np.random.default_rng(seed)
-        self.complete_lines = len(counter.lines(prompt)) if prompt[-1] in counter.ends else 0
+        self.complete_lines = len(counter.lines(prompt)) - (prompt[-1] not in counter.ends)
 
     @property
     def n_lines(self) -> int:

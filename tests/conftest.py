@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,20 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def run_script(
+    script: str, folder: Path, *flags: str | Path, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the four scripts as a person does, all that it writes going to `folder`."""
+    if "sonnet" in script:
+        out = ["--sonnet_out", folder / "poems.txt"]
+    else:
+        out = ["--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv"]
+    command = [sys.executable, ROOT / script, *flags, *out, "--checkpoint_dir", folder]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:

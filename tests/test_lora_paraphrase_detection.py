@@ -2,31 +2,19 @@
 
 import json
 import re
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from datasets import read_pairs
-from tests.conftest import ROOT, narrow_hf_model
+from tests.conftest import ROOT, narrow_hf_model, run_script
 
-SCRIPT = ROOT / "lora_paraphrase_detection.py"
 SHORT = ["--demo", "--limit_train", "96", "--limit_dev", "40", "--epochs", "2"]
 NAME = "lora-gpt2-nano-2-0.002-8-paraphrase.pt"
 
 
-def run(folder, *flags, check=True):
-    done = subprocess.run(
-        [
-            sys.executable, SCRIPT, *flags,
-            "--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv",
-            "--checkpoint_dir", folder,
-        ],
-        capture_output=True, text=True, cwd=folder,
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
+run = partial(run_script, "lora_paraphrase_detection.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,29 +2,21 @@
 
 import json
 import re
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from datasets import read_sonnets
 from finetune.sonnet_metrics import chrf
-from tests.conftest import ROOT, narrow_hf_model
+from tests.conftest import ROOT, narrow_hf_model, run_script
 
-SCRIPT = ROOT / "lora_sonnet_generation.py"
 SHORT = ["--demo", "--limit_train", "30", "--limit_dev", "4", "--epochs", "2"]
 NAME = "lora-gpt2-nano-2-0.002-4-sonnet.pt"
-OUT = "lora_generated_sonnets.txt"
+OUT = "poems.txt"
 
 
-def run(folder, *flags, check=True):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *flags, "--sonnet_out", folder / OUT, "--checkpoint_dir", folder],
-        capture_output=True, text=True, cwd=folder,
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
+run = partial(run_script, "lora_sonnet_generation.py")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +77,7 @@ def test_samples_to_choose_from(finished, tmp_path):
     (tmp_path / NAME).write_bytes((folder / NAME).read_bytes())
     run(tmp_path, *SHORT, "--predict_only", "--num_samples", "3")
     poems = read_sonnets(tmp_path / OUT)
-    samples = read_sonnets(tmp_path / "lora_generated_sonnets_samples.txt")
+    samples = read_sonnets(tmp_path / "poems_samples.txt")
     assert [poem.number for poem in samples] == [poem.number for poem in poems for _ in range(3)]
     assert samples[::3] == poems
     assert len({poem.lines for poem in samples}) == 12

@@ -150,3 +150,15 @@ def test_a_dev_loss_that_is_not_finite_stops_the_run_too():
 def test_a_training_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
     with pytest.raises(RunError, match="training loss nan, .* a loss is not finite"):
         run([[math.nan]], save=lambda record: pytest.fail("saved"))
+
+
+def test_a_module_that_holds_its_weights_to_a_constraint_mends_them_after_every_step():
+    class Positive(nn.Linear):
+        def after_step(self):
+            with torch.no_grad():
+                self.weight.clamp_(max=0.15)
+
+    model = Positive(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    run([[1.0]] * 4, model=model, grad_accum=2, epochs=2)
+    assert model.weight.item() == pytest.approx(0.15)  # four steps of 0.1 without the constraint
