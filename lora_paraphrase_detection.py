@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import PairBatches, answer_ids, load_pairs
 from finetune.arguments import (
-    DATA,
+    DEMO_PAIRS,
     add_fit_arguments,
     add_lora_arguments,
     add_model_arguments,
@@ -36,17 +36,6 @@ from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_pretrained
 from modules.lora import LoRAConfig, add_lora
 
-DEMO = {
-    "model_size": "gpt2-nano",
-    "para_train": DATA / "sample-pairs-train.csv",
-    "para_dev": DATA / "sample-pairs-dev.csv",
-    "para_test": DATA / "sample-pairs-test.csv",
-    "epochs": 4,
-    "lr": 2e-3,
-    "lr_schedule": "linear",
-    "warmup_ratio": 0.1,
-}
-
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -57,7 +46,7 @@ def get_args() -> argparse.Namespace:
     add_lora_arguments(parser)
     add_fit_arguments(parser, batch_size=12)
     add_run_arguments(parser)
-    return parse_args(parser, DEMO)
+    return parse_args(parser, DEMO_PAIRS | {"lr": 2e-3})
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import argparse
 
 from datasets import SonnetBatches, load_sonnets
 from finetune.arguments import (
-    DATA,
+    DEMO_SONNETS,
     add_fit_arguments,
     add_model_arguments,
     add_reft_arguments,
@@ -38,19 +38,6 @@ from models.pretrained import load_pretrained
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.reft import ReFTConfig, add_reft
 
-DEMO = {
-    "model_size": "gpt2-nano",
-    "sonnet_path": DATA / "sonnets.txt",
-    "held_out_sonnet_path": DATA / "sonnets_held_out.txt",
-    "dev_sonnet_path": DATA / "sonnets_held_out_dev.txt",
-    "dev_gold_path": DATA / "TRUE_sonnets_held_out_dev.txt",
-    "epochs": 4,
-    "lr": 2e-3,
-    "lr_schedule": "linear",
-    "warmup_ratio": 0.1,
-    "temperature": 0.9,
-}
-
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -63,7 +50,7 @@ def get_args() -> argparse.Namespace:
     add_sampling_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(epochs=10, lr=1.5e-4, reft_dropout=0.1)
-    return parse_args(parser, DEMO)
+    return parse_args(parser, DEMO_SONNETS | {"lr": 3e-3})
 
 
 def main() -> None:

@@ -20,6 +20,19 @@ from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, Positions, ReFTC
 
 Config = TypeVar("Config")
 DATA = Path(__file__).resolve().parent.parent / "data"
+DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr_schedule": "linear", "warmup_ratio": 0.1}
+DEMO_PAIRS = DEMO | {
+    "para_train": DATA / "sample-pairs-train.csv",
+    "para_dev": DATA / "sample-pairs-dev.csv",
+    "para_test": DATA / "sample-pairs-test.csv",
+}
+DEMO_SONNETS = DEMO | {
+    "temperature": 0.9,
+    "sonnet_path": DATA / "sonnets.txt",
+    "held_out_sonnet_path": DATA / "sonnets_held_out.txt",
+    "dev_sonnet_path": DATA / "sonnets_held_out_dev.txt",
+    "dev_gold_path": DATA / "TRUE_sonnets_held_out_dev.txt",
+}
 
 
 def whole(minimum: int) -> Callable[[str], int]:

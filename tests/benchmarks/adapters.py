@@ -1,0 +1,84 @@
+"""Training steps of ReFT's interventions beside LoRA's, on sonnets.
+
+    python -m tests.benchmarks.adapters --random gpt2
+
+All take turns on the same batches, with the ranks and dropout that the sonnet scripts have. LoReFT
+comes three times: as it is, without keeping R orthonormal, and with R made orthonormal in every
+forward by PyTorch's own parametrization (Householder reflections).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets import SonnetBatches, read_sonnets, tokenize_sonnets
+from finetune.arguments import DATA
+from finetune.loop import FitConfig, Updater
+from finetune.runtime import Runtime, make_runtime, seed_everything
+from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.lora import LoRAConfig, add_lora
+from modules.reft import INTERVENTIONS, LoReFT, ReFTConfig, add_reft
+from tests.benchmarks.peers import add_model_arguments, find_model, report, take_turns
+
+LORA = "LoRA, rank 4"
+FREE, PARAMETRIZED = "loreft, R free", "loreft, R parametrized"
+
+
+def make_model(folder: Path, name: str) -> nn.Module:
+    """GPT-2 with the adapter of that name."""
+    gpt = load_gpt2(folder)
+    if name == LORA:
+        add_lora(gpt, LoRAConfig(rank=4))
+        return SonnetGPT(gpt)
+    add_reft(gpt, ReFTConfig(name.split(",")[0], dropout=0.1))
+    if name == PARAMETRIZED:
+        for module in gpt.modules():
+            if isinstance(module, LoReFT):
+                nn.utils.parametrizations.orthogonal(
+                    module, "reft_R", orthogonal_map="householder", use_trivialization=False
+                )
+    return SonnetGPT(gpt)
+
+
+def make_turn(model: nn.Module, name: str, batches: list, runtime: Runtime) -> Callable[[], float]:
+    """A function that trains on all batches and returns targets per second."""
+    updater = Updater(model.to(runtime.device).train(), sonnet_loss, FitConfig(), 1, runtime)
+    if name in (FREE, PARAMETRIZED):
+        updater.constrained = []
+
+    def turn() -> float:
+        started = time.perf_counter()
+        for batch in batches:
+            updater.backward(batch, 1)
+            updater.step()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return sum(len(b["targets"]) for b in batches) / (time.perf_counter() - started)
+
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--n", type=int, default=16, help="poems in a turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--use_gpu", action="store_true")
+    args = parser.parse_args()
+    runtime = make_runtime(args.use_gpu, "auto")
+    seed_everything(0)
+    folder = find_model(args)
+    poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), load_tokenizer(BUNDLED), 512)
+    batches = list(SonnetBatches(poems[: args.n], 4, seed=0).epoch(0))
+    names = [LORA, *INTERVENTIONS, FREE, PARAMETRIZED]
+    turns = {name: make_turn(make_model(folder, name), name, batches, runtime) for name in names}
+    report(take_turns(turns, args.turns), "tokens/s", LORA)
+
+
+if __name__ == "__main__":
+    main()
