@@ -57,19 +57,15 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11711, 11712, 11713])
-    parser.add_argument("--limit_sweep", help="training rows of the runs that choose the rate")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args, flags = parser.parse_known_args()
     flags = [str(Path(f).resolve()) if Path(f).is_file() else f for f in flags]
     *_, metric, sign = TASKS[args.task]
-    for method in METHODS:
-        limit = ["--limit_train", args.limit_sweep] if args.limit_sweep else []
-        sweep = {
-            lr: one_run(args.task, method, lr, args.seeds[0], flags + limit) for lr in args.lrs
-        }
+    for method in args.methods:
+        sweep = {lr: one_run(args.task, method, lr, args.seeds[0], flags) for lr in args.lrs}
         best = max(args.lrs, key=lambda lr: sign * sweep[lr][metric])
-        seeds = args.seeds if limit else args.seeds[1:]
-        runs = [one_run(args.task, method, best, seed, flags) for seed in seeds]
-        runs += [] if limit else [sweep[best]]
+        others = [one_run(args.task, method, best, seed, flags) for seed in args.seeds[1:]]
+        runs = [sweep[best], *others]
         row = f"{method:<14} lr {best:g}, {runs[0]['trainable_parameters']:,} parameters"
         for name in [*SHOWN[args.task], "train_seconds"]:
             values = [run[name] for run in runs]
