@@ -1,7 +1,9 @@
 """What the benchmarks share: models of any size, transformers + PEFT beside ours, turns."""
 
 import argparse
+import atexit
 import json
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """The checkpoint's folder; a random one is made in a temporary folder that stays."""
+    """The checkpoint's folder; a random one is temporary and goes when the program ends."""
     if not args.random:
         return find_checkpoint(args.model_path)
     n_embd, n_layer, n_head = SIZES[args.random]
@@ -34,6 +36,7 @@ def find_model(args: argparse.Namespace) -> Path:
     with torch.no_grad():  # the next token as sure as a trained model is: some hundred candidates
         model.transformer.ln_f.weight.mul_(6)
     folder = Path(tempfile.mkdtemp(prefix=f"random-{args.random}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
     return folder
 
