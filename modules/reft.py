@@ -210,11 +210,14 @@ def orthonormalize_(R: Tensor) -> None:
 
 def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
     """Fill the empty places of a loaded GPT-2's layers and freeze all its weights."""
+    width = gpt.config.n_embd
+    if config.rank > width:
+        raise AdapterError(f"ReFT rank {config.rank} is more than the model's width, {width}")
     for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
         layer = gpt.gpt_layers[index]
-        weight = layer.out_dense.weight  # [C,4C]
+        device = layer.out_dense.weight.device
         for location in config.locations:
-            intervention = INTERVENTIONS[config.type](len(weight), config).to(weight.device)
+            intervention = INTERVENTIONS[config.type](width, config).to(device)
             setattr(layer, LOCATIONS[location], intervention.train(layer.training))
     gpt.edit_positions = Positions.parse(config.positions)
     freeze_base(gpt)

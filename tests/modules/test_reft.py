@@ -245,6 +245,11 @@ def test_other_settings_are_refused(settings, sentence):
         ReFTConfig(**settings)
 
 
+def test_a_rank_above_the_width_is_refused_as_its_rows_cannot_be_orthonormal(gpt):
+    with pytest.raises(AdapterError, match="rank 33 is more than the model's width, 32"):
+        add_reft(gpt, ReFTConfig("loreft", rank=33))
+
+
 def with_large_edits(gpt, kind, positions):
     add_reft(gpt, ReFTConfig(kind, rank=R, positions=positions))
     torch.manual_seed(3)
