@@ -404,11 +404,12 @@ def load_sonnets(
     if [sonnet.number for sonnet in dev] != [sonnet.number for sonnet in gold]:
         raise DataError(f"{dev_path} and {gold_path} have to hold the same numbers in one order")
     tokenize_prompts(dev + held_out, tokenizer, max_length)  # fails now, not after the training
+    ids = [tokenize_sonnets(group, tokenizer, max_length) for group in (train, validation, gold)]
+    cut = sum(poem.ids[-1] != tokenizer.eos_token_id for group in ids for poem in group)
     print(
         f"{len(train)} poems to train on, {len(validation)} to validate, {len(dev)} to continue "
-        f"and compare, {len(held_out)} to continue"
+        f"and compare, {len(held_out)} to continue" + (f"; shortened {cut}" if cut else "")
     )
-    ids = [tokenize_sonnets(group, tokenizer, max_length) for group in (train, validation, gold)]
     return SonnetData(train, dev, gold, held_out, *ids)
 
 

@@ -418,3 +418,14 @@ def test_dev_and_gold_have_to_be_the_same_poems(tmp_path, nano_tokenizer):
     paths = [data / "sonnets.txt", data / "sonnets_held_out_dev.txt", data / "sonnets_held_out.txt"]
     with pytest.raises(DataError, match="have to hold the same numbers in one order"):
         load_sonnets(*paths, paths[2], (None, None), 0, nano_tokenizer, 512)
+
+
+def test_poems_too_long_for_the_model_are_counted(nano_tokenizer, capsys):
+    data = ROOT / "data"
+    names = ["sonnets", "sonnets_held_out_dev", "TRUE_sonnets_held_out_dev", "sonnets_held_out"]
+    paths = [data / f"{name}.txt" for name in names]
+    load_sonnets(*paths, (10, 2), 0, nano_tokenizer, 512)
+    load_sonnets(*paths, (10, 2), 0, nano_tokenizer, 60)  # prompts fit, whole poems do not
+    first, second = capsys.readouterr().out.splitlines()
+    assert "shortened" not in first
+    assert second.endswith("; shortened 12")
