@@ -51,24 +51,35 @@ def ban_repeated_ngrams(logits: Tensor, texts: Sequence[list[int]], size: int) -
     return logits
 
 
-def top_p_sample(logits: Tensor, temperature: float, top_p: float, noise: Tensor) -> Tensor:
-    """Token ids [B] from logits [B,V] and as many numbers drawn from the exponential distribution.
+def top_p_sample(
+    logits: Tensor, temperature: float, top_p: float, generators: Sequence[np.random.Generator]
+) -> list[int]:
+    """Token ids [B] from logits [B,V], each row's drawn with its own generator.
 
     The likeliest tokens are kept until their mass passes `top_p`, one at least (Holtzman et al.
-    2019). Nothing is sorted for that: argmax(p / noise) is distributed as p, and where it falls
-    on a token that is not kept, it goes on without that and all less likely ones. As every token
-    has its own number, the choice does not hang on rounding as with cumulative sums.
+    2019). Nothing is sorted for that: a token is drawn from the whole vocabulary, and where the
+    likelier ones hold a mass of `top_p` by themselves, it is drawn again from those alone.
     """
     p = (logits / temperature).softmax(1)
-    race = p / noise
-    while True:
-        winner = race.argmax(1, keepdim=True)  # [B,1]
-        p_winner = p.gather(1, winner)
-        likelier = torch.where(p > p_winner, p, 0).sum(1, keepdim=True)
-        outside = likelier >= top_p
-        if not bool(outside.any()):
-            return winner.squeeze(1)
-        race.masked_fill_((p <= p_winner) & outside, 0)
+    if p.device.type == "mps":
+        p = p.cpu()  # there is no float64 on MPS
+    tokens, rows = [0] * len(p), list(range(len(p)))
+    while rows:
+        u = [[generators[row].random()] for row in rows]
+        u = torch.tensor(u, dtype=torch.float64, device=p.device)
+        # In float64: by rounding, cumulative sums would differ with the batch a row is in.
+        mass = p.cumsum(1, dtype=torch.float64)
+        chosen = torch.searchsorted(mass, u * mass[:, -1:], right=True)  # [B,1]
+        chosen = chosen.clamp(max=p.shape[1] - 1)
+        p_chosen = p.gather(1, chosen)
+        likelier = torch.where(p > p_chosen, p, 0)
+        again = (likelier.sum(1, keepdim=True) >= top_p) | (p_chosen == 0)
+        drawn = torch.cat([chosen, again], 1).tolist()  # one wait for a GPU
+        left = [i for i, (_, outside) in enumerate(drawn) if outside]
+        for row, (token, _) in zip(rows, drawn, strict=True):
+            tokens[row] = token
+        rows, p = [rows[i] for i in left], likelier[left]
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,8 @@ def choose_tokens(
     logits[too_short, end_of_text] = -torch.inf
     if config.greedy:
         return logits.argmax(1).tolist()
-    u = np.empty(logits.shape, np.float32)
-    for i, row in enumerate(rows):
-        row.generator.random(out=u[i], dtype=np.float32)
-    noise = -torch.from_numpy(u).to(logits.device).log()
-    return top_p_sample(logits, config.temperature, config.top_p, noise).tolist()
+    generators = [row.generator for row in rows]
+    return top_p_sample(logits, config.temperature, config.top_p, generators)
 
 
 @torch.inference_mode()
@@ -141,6 +149,14 @@ def generate(
     A row ends at `end_of_text`, with `config.max_lines`, or when it has its `longest` length, and
     then leaves the batch.
     """
+    with gpt.packed(len(rows), runtime.autocast_dtype or torch.float32):
+        _grow(gpt, rows, end_of_text, config, runtime)
+    return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]
+
+
+def _grow(
+    gpt: GPT2Model, rows: Sequence[Row], end_of_text: int, config: SamplingConfig, runtime: Runtime
+) -> None:
     active = list(rows)
     prompts = [row.text for row in active]
     n_new = max(row.longest - len(row.text) for row in active)
@@ -159,8 +175,9 @@ def generate(
                 right_padded=not padded,
                 cache=cache,
                 prompt_lengths=prompt_lengths,
-            )["last_hidden_state"]
-        logits = gpt.hidden_state_to_token(h[:, -1])  # [B,V]
+                last_only=True,
+            )["last_token"]
+        logits = gpt.hidden_state_to_token(h)  # [B,V]
         tokens = choose_tokens(logits, active, end_of_text, config)
         for row, token in zip(active, tokens, strict=True):
             row.add(token)
@@ -179,7 +196,6 @@ def generate(
             )
             cache.keep(keep)
         input_ids = torch.tensor([[row.text[-1]] for row in active], device=runtime.device)
-    return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]
 
 
 def _left_padded(

@@ -1,15 +1,18 @@
 """GPT-2 (Radford et al. 2019): configuration, sizes and the transformer without a task head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
 from modules.kv_cache import KVCache
-from modules.linear import linear
+from modules.linear import pack, packed_layers, packed_linear
 from modules.reft import Positions
 
 
@@ -58,6 +61,7 @@ class GPT2Model(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.edit_positions: Positions | None = None  # where ReFT works, None for everywhere
+        self.packed_head: Tensor | None = None
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
 
@@ -86,8 +90,11 @@ class GPT2Model(nn.Module):
         right_padded: bool | None = None,
         cache: KVCache | None = None,
         prompt_lengths: Tensor | None = None,
+        last_only: bool = False,
     ) -> dict[str, Tensor]:
         """`last_hidden_state` [B,T,C] and `last_token` [B,C], the state at the last real token.
+
+        With `last_only` it is `last_token` alone, and the last layer works for no other position.
 
         `attention_mask` [B,S] is 1 on real tokens: on the T given, and with a `cache` on those
         in it before them. Pass `right_padded=True` where every row is known to be padded on the
@@ -123,11 +130,20 @@ class GPT2Model(nn.Module):
                 real = input_ids.new_ones(1, T) if attention_mask is None else attention_mask
                 prompt_lengths = real.sum(1)
             edited = self.edit_positions.of(position_ids, prompt_lengths)
-        for i, layer in enumerate(self.gpt_layers):
-            h = layer(h, visible, cache.layers[i] if cache else None, edited)
-        h = self.final_layer_norm(h)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
-        return {"last_hidden_state": h, "last_token": _last_token(h, mask)}
+        last, only = _last_position(input_ids, mask), None  # [B,1,1]
+        for i, layer in enumerate(self.gpt_layers):
+            if last_only and T > 1 and i + 1 == len(self.gpt_layers):
+                only = last
+                if visible is None:
+                    visible = (torch.arange(T, device=h.device) <= last)[:, None]  # [B,1,1,T]
+                else:
+                    visible = visible.take_along_dim(last[:, None], 2)
+            h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
+        h = self.final_layer_norm(h)
+        if only is not None:
+            return {"last_token": h[:, 0]}
+        return {"last_hidden_state": h, "last_token": h.take_along_dim(last, 1)[:, 0]}
 
     def hidden_state_to_token(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C] by the tied word embedding, in float32.
@@ -135,7 +151,22 @@ class GPT2Model(nn.Module):
         Under autocast too: near a logit of -100, say, bfloat16 numbers are half a nat apart.
         """
         with torch.autocast(h.device.type, enabled=False):
-            return linear(h.float(), self.word_embedding.weight)
+            if self.packed_head is not None:
+                return packed_linear(h, self.packed_head)
+            return F.linear(h.float(), self.word_embedding.weight)
+
+    @contextmanager
+    def packed(self, rows: int, dtype: torch.dtype) -> Iterator[None]:
+        """Within, a CPU decodes about `rows` rows at a time with packed copies of all weights.
+
+        They take as much memory again. `dtype` is what the layers work in; logits stay float32.
+        """
+        self.packed_head = pack(self.word_embedding.weight, rows)
+        try:
+            with packed_layers(self, rows, dtype):
+                yield
+        finally:
+            self.packed_head = None
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -152,9 +183,9 @@ def _visible(attention_mask: Tensor, T: int) -> Tensor:
     return (key < query) & real | (key == query)
 
 
-def _last_token(h: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if attention_mask is None:
-        return h[:, -1]
-    B, T = attention_mask.shape
-    last = (attention_mask * torch.arange(1, T + 1, device=h.device)).argmax(1)
-    return h[torch.arange(B, device=h.device), last]
+def _last_position(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Index of each row's last real token among the T given, int64 [B,1,1]."""
+    B, T = input_ids.shape
+    if mask is None:
+        return input_ids.new_full((B, 1, 1), T - 1)
+    return (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1)[:, None, None]

@@ -19,7 +19,8 @@ class ParaphraseGPT(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool | None = None
     ) -> Tensor:
         """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: GPT2Model."""
-        h = self.gpt(input_ids, attention_mask, right_padded=right_padded)["last_token"]  # [B,C]
+        states = self.gpt(input_ids, attention_mask, right_padded=right_padded, last_only=True)
+        h = states["last_token"]  # [B,C]
         answers = self.gpt.word_embedding(self.answer_ids)  # [2,C]
         # Not a matrix product, which autocast would round: near a logit of -100, say, bfloat16
         # numbers are half a nat apart.

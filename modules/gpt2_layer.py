@@ -35,12 +35,17 @@ class GPT2Layer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: LayerCache | None = None,
         edited: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """[B,T,C] to [B,T,C]; mask and cache are those of `CausalSelfAttention`.
+        """[B,T,C] to [B,T,C], or to [B,1,C] of the positions `only`.
 
-        `edited`, bool [B,T,1], says where adapters of the residual stream work, None everywhere.
+        Mask, cache and `only` are those of `CausalSelfAttention`. `edited`, bool [B,T,1], says
+        where adapters of the residual stream work, None everywhere.
         """
-        y = self.self_attention(self.attention_layer_norm(h), attention_mask, cache)
+        y = self.self_attention(self.attention_layer_norm(h), attention_mask, cache, only)
+        if only is not None:
+            h = h.take_along_dim(only, 1)
+            edited = edited if edited is None else edited.take_along_dim(only, 1)
         h = h + self.dropout(self.attention_dense(y))
         if self.after_attention is not None:
             h = self.after_attention(h, edited)

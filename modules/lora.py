@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters import AdapterError, chosen_layers, freeze_base
-from modules.dropout import Dropout
+from modules.dropout import Dropout, drop, drop_gradient
 from modules.linear import Linear
 
 FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
@@ -56,13 +55,15 @@ class LoRALinear(Linear):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if self.merged:
-            return y
-        z = F.linear(self.dropout(x), self.lora_A)  # [...,nR]
-        B = self._block_B().to(y.dtype)  # in-place operations are not autocast
-        y.flatten(0, -2).addmm_(z.flatten(0, -2), B.T, alpha=self.scale)
-        return y
+        if self.merged or self.packed is not None:
+            return super().forward(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        tensors = (x, self.weight, self.bias, self.lora_A, self._block_B())
+        x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
+        p = self.dropout.p if self.training else 0.0
+        y = LoRAProduct.apply(x.flatten(0, -2), W, b, A, B, self.scale, p)
+        return y.view(*x.shape[:-1], -1)
 
     def _block_B(self) -> Tensor:
         """[out,nR]: each part's B in its own rows and columns, none for a part without one."""
@@ -72,11 +73,18 @@ class LoRALinear(Linear):
         own = iter(self.lora_B.chunk(sum(self.parts)))
         return torch.block_diag(*(next(own) if adapted else none for adapted in self.parts))
 
+    def effective_weight(self) -> Tensor:
+        """W + (alpha/r) B A."""
+        if self.merged:
+            return self.weight
+        W = self.weight.to(self.lora_A.dtype)
+        return torch.addmm(W, self._block_B(), self.lora_A, alpha=self.scale)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adapter to the weight; `forward` then costs what the plain layer costs."""
         if not self.merged:
-            self.weight.addmm_(self._block_B(), self.lora_A, alpha=self.scale)
+            self.weight.copy_(self.effective_weight())
             self.merged = True
 
     @torch.no_grad()
@@ -85,6 +93,34 @@ class LoRALinear(Linear):
         if self.merged:
             self.weight.addmm_(self._block_B(), self.lora_A, alpha=-self.scale)
             self.merged = False
+
+
+class LoRAProduct(torch.autograd.Function):
+    """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A and B.
+
+    Keeps of x what dropout left, a mask of bytes and A dropout(x); W's product runs last and adds
+    to the adapter's, forward and backward, so that no sum is a pass of its own over the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, p: float):
+        dropped, mask, left = drop(x, p) if p else (x, None, 1.0)
+        z = dropped @ A.T  # [N,nR]
+        ctx.scale, ctx.p = scale * left, p
+        ctx.save_for_backward(dropped, mask, z, W, A, B)
+        return torch.addmm(b, z, B.T, alpha=ctx.scale).addmm_(x, W.T)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dropped, mask, z, W, A, B = ctx.saved_tensors
+        grad_z = grad @ B * ctx.scale
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_z @ A
+            if ctx.p:
+                grad_x = drop_gradient(grad_x, mask, ctx.p)
+            grad_x.addmm_(grad, W)
+        return grad_x, None, None, grad_z.T @ dropped, (z.T @ grad).T * ctx.scale, None, None
 
 
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:

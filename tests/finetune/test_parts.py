@@ -136,6 +136,35 @@ def test_devices_and_precisions(monkeypatch):
         assert make_runtime(True, "auto").device.type == "cuda"
 
 
+def test_frozen_matrices_in_bfloat16_change_no_result(gpt, capsys):
+    """Autocast rounds them so in every forward; adapters, norms and embeddings stay float32."""
+    add_lora(gpt, LoRAConfig(dropout=0.0))
+    torch.manual_seed(0)
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    model, ids = ParaphraseGPT(gpt, (7, 40)), torch.randint(0, 101, (3, 9))
+    runtime = make_runtime(False, "bf16")
+
+    def results() -> list[torch.Tensor]:
+        with runtime.autocast():
+            logits = model(ids, torch.ones_like(ids))
+        return [logits, *torch.autograd.grad(logits.square().sum(), trained)]
+
+    before = results()
+    runtime.prepare(model, compile=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
+    types = {name: p.dtype for name, p in gpt.named_parameters()}
+    halved = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    assert halved == {name for name in types if name.endswith(("qkv.weight", "qkv.bias"))} | {
+        f"gpt_layers.{i}.{name}.{kind}"
+        for i in range(3)
+        for name in ("attention_dense", "interm_dense", "out_dense")
+        for kind in ("weight", "bias")
+    }
+    assert "trainable, on cpu" in capsys.readouterr().out
+
+
 def test_a_seed_fixes_all_generators():
     def draw():
         seed_everything(5)

@@ -1,5 +1,7 @@
 """Decoding against `transformers.generate`, and sampling against the distribution it stands for."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -120,13 +122,13 @@ def kept(p: torch.Tensor, top_p: float) -> list[int]:
 def test_samples_follow_the_distribution_cut_at_top_p(temperature, top_p):
     logits = torch.linspace(-2, 3, 12)[torch.randperm(12, generator=torch.manual_seed(0))]
     n = 40_000
-    noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(n, 12)).astype("f"))
-    tokens = top_p_sample(logits.expand(n, -1), temperature, top_p, noise)
+    generators = [np.random.default_rng(0)] * n
+    tokens = top_p_sample(logits.expand(n, -1), temperature, top_p, generators)
     p = (logits / temperature).softmax(0)
     expected = torch.zeros(12)
     expected[kept(p, top_p)] = p[kept(p, top_p)]
     expected /= expected.sum()
-    counts = tokens.bincount(minlength=12)
+    counts = torch.tensor(tokens).bincount(minlength=12)
     assert (counts[expected == 0] == 0).all()
     deviation = (n * expected * (1 - expected)).sqrt()
     assert ((counts - n * expected).abs() <= 4.5 * deviation + 1e-3).all()
@@ -135,12 +137,15 @@ def test_samples_follow_the_distribution_cut_at_top_p(temperature, top_p):
 def test_forbidden_tokens_are_never_sampled():
     logits = torch.full((500, 6), -torch.inf)
     logits[:, 2], logits[:, 4] = 0.0, 1.0
-    tokens = top_p_sample(logits, 1.0, 1.0, torch.rand(500, 6))
-    assert set(tokens.tolist()) == {2, 4}
+    generators = [np.random.default_rng(seed) for seed in range(500)]
+    assert set(top_p_sample(logits, 1.0, 1.0, generators)) == {2, 4}
 
 
-def test_noise_of_0_picks_a_token_that_is_kept():
-    assert top_p_sample(torch.tensor([[3.0, 0.0]]), 1.0, 0.9, torch.zeros(1, 2)).tolist() == [0]
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_unit_interval_pick_tokens_that_are_kept(u):
+    generator = mock.Mock(random=lambda: u)
+    logits = torch.tensor([[-torch.inf, 3.0, 0.0, 3.0, -torch.inf]])
+    assert top_p_sample(logits, 1.0, 0.9, [generator]) == [1 if u == 0 else 3]
 
 
 def test_penalty_and_ban_by_hand():

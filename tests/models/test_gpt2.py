@@ -7,6 +7,8 @@ import transformers
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import load_gpt2
 from modules.kv_cache import KVCache
+from modules.lora import LoRAConfig, add_lora
+from modules.reft import ReFTConfig, add_reft
 from tests.conftest import narrow_hf_model
 
 HEADS = sorted({n_head for _, _, n_head in SIZES.values()})
@@ -90,6 +92,68 @@ def test_a_mask_known_to_pad_on_the_right_gives_the_same(gpt):
     with torch.no_grad():
         found, told = gpt(ids, mask), gpt(ids, mask, right_padded=True)
     assert torch.equal(found["last_token"], told["last_token"])
+
+
+@pytest.mark.parametrize("reft", [False, True])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, reft):
+    if reft:
+        add_reft(gpt, ReFTConfig("nodireft", positions="f2+l1"))
+    else:
+        add_lora(gpt, LoRAConfig())
+    torch.manual_seed(0)
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.normal_(std=0.1)
+    ids, mask = torch.randint(0, 101, (3, 9)), masks(padding, 3, 9)
+    given = None if padding == "none" else mask
+    whole, alone = gpt(ids, given), gpt(ids, given, last_only=True)
+    assert alone.keys() == {"last_token"}
+    assert torch.allclose(alone["last_token"], whole["last_token"], atol=1e-5)
+    weighting = torch.randn(3, 32)
+    pairs = zip(
+        torch.autograd.grad((alone["last_token"] * weighting).sum(), trained),
+        torch.autograd.grad((whole["last_token"] * weighting).sum(), trained),
+        strict=True,
+    )
+    assert all(torch.allclose(a, b, atol=1e-4 * b.abs().max() + 1e-6) for a, b in pairs)
+
+
+def test_the_last_token_alone_fills_a_cache_as_usual(gpt):
+    ids = torch.randint(0, 101, (2, 7))
+    caches = KVCache(3, 9), KVCache(3, 9)
+    with torch.no_grad():
+        for cache, last_only in zip(caches, (False, True), strict=True):
+            gpt(ids, cache=cache, last_only=last_only)
+            state = gpt(ids[:, :1], cache=cache, last_only=last_only)["last_token"]
+            assert torch.allclose(
+                state, gpt(torch.cat([ids, ids[:, :1]], 1))["last_token"], atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_attention_with_dropout_is_the_same_attention(gpt, padding):
+    ids, mask = torch.randint(0, 101, (3, 9)), masks(padding, 3, 9)
+    with torch.no_grad():
+        expected = gpt(ids, mask)["last_hidden_state"]
+        for layer in gpt.gpt_layers:
+            layer.self_attention.train()
+            layer.self_attention.dropout.p = 1e-9  # no byte of 256 is dropped
+        found = gpt(ids, mask)["last_hidden_state"]
+    assert not torch.equal(found, expected)  # another way, so other rounding
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-5)
+
+
+def test_packed_weights_change_nothing_but_rounding(gpt):
+    add_lora(gpt, LoRAConfig())
+    ids = torch.randint(0, 101, (3, 9))
+    with torch.no_grad():
+        expected = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
+        with gpt.packed(3, torch.float32):
+            found = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert gpt.packed_head is None
 
 
 def test_dropout_works_in_training_and_not_in_evaluation(gpt):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.dropout import Dropout
+from modules.dropout import Dropout, drop
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -39,3 +39,24 @@ def test_a_seed_fixes_the_mask_and_evaluation_has_none():
     assert not torch.equal(dropout(x), first)
     assert dropout.eval()(x) is x
     assert Dropout(0.0)(x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mask_and_the_scale_are_those_that_were_used(dtype):
+    x = torch.randn(7, 33, dtype=dtype)
+    y, mask, scale = drop(x, 0.25)
+    assert torch.equal(y, x * mask)
+    assert y.dtype == dtype
+    assert set(mask.unique().tolist()) == {0, 1}
+    assert scale == 256 / 192
+
+
+def test_masks_follow_pytorchs_generator_and_nothing_else():
+    x = torch.ones(300, 40)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    masks = [drop(x, 0.5)[1] for _ in range(3)]
+    torch.set_rng_state(state)
+    assert all(torch.equal(drop(x, 0.5)[1], mask) for mask in masks)
+    agreement = (masks[0] == masks[1]).float().mean().item()
+    assert agreement == pytest.approx(0.5, abs=0.02)

@@ -1,5 +1,7 @@
 """LoRA against its formula and against PEFT."""
 
+from unittest import mock
+
 import peft
 import pytest
 import torch
@@ -7,7 +9,16 @@ from torch import nn
 
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from modules.adapters import AdapterError, count_parameters
-from modules.lora import TARGETS, LoRAConfig, LoRALinear, add_lora, merge_lora, unmerge_lora
+from modules.dropout import Dropout
+from modules.lora import (
+    TARGETS,
+    LoRAConfig,
+    LoRALinear,
+    LoRAProduct,
+    add_lora,
+    merge_lora,
+    unmerge_lora,
+)
 from tests.conftest import narrow_hf_model
 
 IDS = torch.tensor([[5, 99, 0, 42, 7], [1, 2, 3, 4, 5]])
@@ -51,6 +62,64 @@ def test_dropout_is_on_the_adapters_input_only():
         dropped = lora.train()(x)
     assert dropped.std(0).min() > 0
     assert torch.allclose(dropped.mean(0) - plain, steady - plain, atol=0.15)
+
+
+@pytest.mark.parametrize("parts", [(True,), (True, False, True)])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_gradients_are_those_of_the_formula_with_the_mask_of_the_forward(parts, p):
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 12)
+    lora = LoRALinear(linear, LoRAConfig(rank=2, alpha=6, dropout=p), parts)
+    randomize(lora)
+    x, weighting = torch.randn(5, 4, 6, requires_grad=True), torch.randn(5, 4, 12)
+    inputs = [x, lora.lora_A, lora.lora_B]
+    torch.manual_seed(1)
+    y = lora(x)
+    found = torch.autograd.grad((y * weighting).sum(), inputs)
+    torch.manual_seed(1)
+    dropped = Dropout(p)(x.flatten(0, 1)).view_as(x)
+    z = dropped @ lora.lora_A.T @ lora._block_B().T
+    formula = nn.functional.linear(x, linear.weight, linear.bias) + 6 / 2 * z
+    expected = torch.autograd.grad((formula * weighting).sum(), inputs)
+    assert torch.allclose(y, formula, atol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_type_and_gives_float32_gradients(gpt, dtype):
+    add_lora(gpt, LoRAConfig(dropout=0.0))
+    randomize(gpt)
+    exact = states(gpt)
+    with torch.autocast("cpu", dtype):
+        assert gpt.gpt_layers[0].interm_dense(torch.randn(3, 32)).dtype == dtype
+        rounded = states(gpt)
+    assert not torch.equal(rounded, exact)
+    assert torch.allclose(rounded, exact, atol=0.1 * exact.abs().max().item())
+    weights = [p for p in gpt.parameters() if p.requires_grad]
+    pairs = zip(
+        torch.autograd.grad(exact.square().mean(), weights),
+        torch.autograd.grad(rounded.square().mean(), weights),
+        strict=True,
+    )
+    for theirs, ours in pairs:
+        assert ours.dtype == torch.float32
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.98
+
+
+def test_nothing_is_kept_or_computed_for_an_input_without_gradient(gpt):
+    add_lora(gpt, LoRAConfig(targets=("out_dense",), layers=(2,)))
+    products = []
+    backward = LoRAProduct.backward
+
+    def spy(ctx, grad):
+        products.append(backward(ctx, grad))
+        return products[-1]
+
+    with mock.patch.object(LoRAProduct, "backward", spy):
+        states(gpt).sum().backward()
+    assert [grads[0] for grads in products] == [None]
 
 
 def test_a_fresh_adapter_is_the_identity(gpt):
