@@ -2,6 +2,7 @@
 
 import csv
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -177,22 +178,22 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
     encode = tokenizer.backend_tokenizer.encode_batch_fast
-    tokens, lengths, shortened = [], [], 0
-    for start in range(0, len(pairs.ids), 8192):  # bounds the encoder's own objects to some MB
-        part = slice(start, start + 8192)
+    tokens, lengths, shortened = array("i"), [], 0
+    for start in range(0, len(pairs.ids), 1024):  # bounds the encoder's own objects to some MB
+        part = slice(start, start + 1024)
         questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
         rows = [encoding.ids for encoding in encode([make_prompt(*pair) for pair in questions])]
         for i, ids in enumerate(rows):
             if len(ids) > max_length:
                 rows[i] = _shorten(*questions[i], encode, max_length)
                 shortened += 1
-        tokens.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
+        tokens.extend(chain.from_iterable(rows))
         lengths += map(len, rows)
     ends = np.cumsum(lengths)
     return TokenizedPairs(
         ids=pairs.ids,
         labels=np.asarray(pairs.labels) if pairs.labels else None,
-        tokens=np.concatenate(tokens),
+        tokens=np.frombuffer(tokens, dtype=np.int32),
         starts=ends - lengths,
         lengths=np.asarray(lengths),
         shortened=shortened,

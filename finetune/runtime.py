@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import random
+import re
 import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,6 +53,8 @@ class Runtime:
             if self.autocast_dtype and isinstance(layer, Linear) and not layer.weight.requires_grad:
                 for frozen in (layer.weight, layer.bias):
                     frozen.data = frozen.data.to(self.autocast_dtype)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         model.to(self.device)
         if compile:
             model.compile(dynamic=True)
@@ -70,7 +74,11 @@ class Runtime:
         """Most memory the run has held: the GPU's allocations, or the process's resident set."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+        status = Path("/proc/self/status")  # Linux: its getrusage begins with the parent's memory
+        peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+        if peak:
+            return int(peak[1]) / 2**10
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -91,7 +99,6 @@ def make_runtime(use_gpu: bool, precision: str) -> Runtime:
     """Choose the device (CUDA, else Apple's MPS, where a GPU is asked for) and the precision."""
     if not use_gpu:
         device = torch.device("cpu")
-        keep_freed_memory()
     elif torch.cuda.is_available():
         device = torch.device("cuda")
     elif torch.backends.mps.is_available():

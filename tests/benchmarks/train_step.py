@@ -1,22 +1,26 @@
-"""Training steps of LoRA on all linear layers: this project beside transformers + PEFT.
+"""Training with LoRA on all linear layers: this project, transformers + PEFT, and the plain way.
 
-    python -m tests.benchmarks.train_step --task paraphrase --pairs FILE [--random gpt2]
-    python -m tests.benchmarks.train_step --task sonnet [--random gpt2]
+    python -m tests.benchmarks.train_step --random gpt2 --pairs FILE
+    python -m tests.benchmarks.train_step --task sonnet --random gpt2
 
-Both take turns on the same random selection, with dropout 0.1 and AdamW; PEFT has sdpa attention.
+Each is a process of its own; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention.
 
-paraphrase: rank 8, the logits of the last position only. PEFT gets batches as they come, padded on
-the right to their longest row; ours come grouped by length from `PairBatches`, as in a run.
-sonnet: rank 4, the next-token loss of the real tokens. Both get the same batches.
+paraphrase: rank 8, the logits of the last position only. `step` is training on the same batches,
+ten random ones padded on the right; `epoch` goes from the file to the last step: ours as in a run,
+grouped by length, the others' batches tokenized as they come. Ours groups 100 batches at a time,
+so fewer than 1,200 pairs show it with more padding than it has in a run.
+sonnet: rank 4, the next-token loss of the real tokens, the same batches for both.
 
-Peak memory is that of a process of its own for each, with the model and the steps of one turn.
+The share is of the machine's limit: the rate of a large matrix product, over 4 operations for each
+real token and parameter that is not an embedding.
 """
 
 import argparse
-import multiprocessing
+import csv
+import itertools
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,35 +33,42 @@ from datasets import (
     SonnetBatches,
     answer_ids,
     make_batch,
+    make_prompt,
     read_pairs,
     read_sonnets,
     tokenize_pairs,
     tokenize_sonnets,
 )
 from finetune.arguments import DATA
+from finetune.loop import FitConfig, Updater
 from finetune.runtime import Runtime, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from models.pretrained import load_gpt2, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from tests.benchmarks.peers import (
+    Worker,
     add_model_arguments,
     find_model,
-    report,
+    matrix_rate,
+    synchronize,
+    table,
     take_turns,
     with_peft,
 )
+from tests.benchmarks.plain import PlainParaphrase
 
 Batch = dict[str, Tensor]
-OURS, PEFT = "this project", "transformers + PEFT"
+STEPS = 10
+OURS, PEFT, PLAIN = "this project", "transformers + PEFT", "plain PyTorch"
 
 
 class PeftParaphrase(nn.Module):
     """Hugging Face's GPT-2 with PEFT's LoRA and the same cloze head."""
 
-    def __init__(self, folder: Path, answers: tuple[int, int]):
+    def __init__(self, folder: Path, answers: tuple[int, int], rank: int):
         super().__init__()
-        self.model, self.answers = with_peft(folder, rank=8), list(answers)
+        self.model, self.answers = with_peft(folder, rank), list(answers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool) -> Tensor:
         gpt = self.model.base_model.model
@@ -69,105 +80,174 @@ class PeftParaphrase(nn.Module):
 class PeftSonnet(nn.Module):
     """Hugging Face's GPT-2 with PEFT's LoRA and the usual language-model loss."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, rank: int):
         super().__init__()
-        self.model = with_peft(folder, rank=4)
+        self.model = with_peft(folder, rank)
 
-    def forward(self, input_ids, attention_mask, positions, targets) -> Tensor:
+    def forward(self, input_ids, attention_mask, prompt_lengths, positions, targets) -> Tensor:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets)
 
 
-@dataclass
-class Work:
-    """What one of the peers does: its model, its loss, and the batches of a turn."""
-
-    model: nn.Module
-    loss: Callable[[nn.Module, Batch], Tensor]
-    batches: list[Batch]
-
-
-def make_work(args: argparse.Namespace, folder: Path, name: str) -> Work:
-    """The work of the peer called `name`."""
-    tokenizer = load_tokenizer(BUNDLED)
+def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
+    """The model of the peer called `name`."""
+    if name == PEFT and args.task == "sonnet":
+        return PeftSonnet(folder, args.rank)
+    answers = answer_ids(load_tokenizer(folder))
+    if name == PEFT:
+        return PeftParaphrase(folder, answers, args.rank)
     gpt = load_gpt2(folder)
+    add_lora(gpt, LoRAConfig(rank=args.rank))
+    if name == PLAIN:
+        return PlainParaphrase(gpt, answers)
+    return SonnetGPT(gpt) if args.task == "sonnet" else ParaphraseGPT(gpt, answers)
+
+
+def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
+    """Batches that all peers get, ten at most."""
+    n = min(args.n, STEPS * args.batch_size)
+    tokenizer = load_tokenizer(folder)
     if args.task == "sonnet":
         poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), tokenizer, 512)
-        batches = list(SonnetBatches(poems[: args.n], args.batch_size, seed=0).epoch(0))
-        if name == PEFT:
-            return Work(PeftSonnet(folder), sonnet_loss, batches)
-        add_lora(gpt, LoRAConfig(rank=4))
-        return Work(SonnetGPT(gpt), sonnet_loss, batches)
+        return list(SonnetBatches(poems[:n], args.batch_size, seed=0).epoch(0))
+    if args.length:
+        ids = torch.randint(0, len(tokenizer), (n, args.length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+        parts = zip(*(tensor.split(args.batch_size) for tensor in batch.values()), strict=True)
+        return [dict(zip(batch, part, strict=True)) for part in parts]
+    data = tokenize_pairs(read_pairs(args.pairs, labelled=True, limit=n), tokenizer, 512)
+    order = np.random.default_rng(0).permutation(len(data))
+    return [make_batch(data, rows) for rows in np.split(order, len(data) // args.batch_size)]
+
+
+def our_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
+    """From the file to batches, as in a run."""
     pairs = read_pairs(args.pairs, labelled=True, limit=args.n)
-    data = tokenize_pairs(pairs, tokenizer, gpt.config.n_positions)
-    order = np.random.default_rng(0).permutation(len(data)).reshape(-1, args.batch_size)
-    batches = [make_batch(data, rows) for rows in order]
-    if name == PEFT:
-        return Work(PeftParaphrase(folder, answer_ids(tokenizer)), paraphrase_loss, batches)
+    data = tokenize_pairs(pairs, load_tokenizer(folder), 512)
+    return PairBatches(data, args.batch_size, seed=0).epoch(0)
+
+
+def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
+    """From the file to batches, as course code and the tokenizer's documentation do it."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    with open(args.pairs, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        rows = list(itertools.islice((r for r in rows if r["is_duplicate"]), args.n))
+
+    def collate(batch: list[dict[str, str]]) -> Batch:
+        prompts = [make_prompt(row["sentence1"], row["sentence2"]) for row in batch]
+        tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        labels = torch.tensor([int(float(row["is_duplicate"])) for row in batch])
+        return {**tokens, "labels": labels}
+
+    return iter(
+        torch.utils.data.DataLoader(rows, args.batch_size, shuffle=True, collate_fn=collate)
+    )
+
+
+def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
+    """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
+    runtime = make_runtime(args.use_gpu, args.precision)
+    seed_everything(0)
+    model = make_model(args, folder, name)
     if name == OURS:
-        batches = list(PairBatches(data, args.batch_size, seed=0).epoch(0))
-    add_lora(gpt, LoRAConfig(rank=8))
-    return Work(ParaphraseGPT(gpt, answer_ids(tokenizer)), paraphrase_loss, batches)
+        runtime.prepare(model, args.compile)
+    model.to(runtime.device).train()
+    loss = sonnet_loss if args.task == "sonnet" else paraphrase_loss
+    updater = Updater(model, loss, FitConfig(lr=1e-4, weight_decay=0.0), 1, runtime)
+    batches = same_batches(args, folder)
+
+    def train(make_batches: Callable[[], Iterator[Batch]]) -> float:
+        started, n = time.perf_counter(), 0
+        for batch in make_batches():
+            updater.backward(batch, 1)
+            updater.step()
+            n += len(batch["input_ids"])
+        synchronize(runtime.device)
+        return n / (time.perf_counter() - started)
+
+    load = our_epoch if name == OURS else usual_epoch
+    return {
+        "step": lambda: train(lambda: batches),
+        "epoch": lambda: train(lambda: load(args, folder)),
+        "memory": runtime.peak_memory_mb,
+        "step tokens": lambda: mean_length(batches),
+        "epoch tokens": lambda: mean_length(list(our_epoch(args, folder))),
+        "profile": lambda: profile(batches[:5], updater, runtime),
+    }
 
 
-def make_turn(work: Work, runtime: Runtime) -> Callable[[], float]:
-    """A function that trains on all batches and returns its rate, in pairs or tokens a second."""
-    work.model.to(runtime.device).train()
-    parameters = [p for p in work.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    amount = sum(len(batch["labels" if "labels" in batch else "targets"]) for batch in work.batches)
-
-    def turn() -> float:
-        started = time.perf_counter()
-        for batch in work.batches:
-            with runtime.autocast():
-                loss = work.loss(work.model, runtime.to_device(batch))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
-        return amount / (time.perf_counter() - started)
-
-    return turn
+def mean_length(batches: list[Batch]) -> float:
+    """Real tokens of an example."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return sum(int(mask.sum()) for mask in masks) / sum(map(len, masks))
 
 
-def peak_memory(args: argparse.Namespace, folder: Path, name: str, send) -> None:
-    """Run a turn in this process and send what memory it took, in MiB."""
-    runtime = make_runtime(args.use_gpu, "auto")
-    make_turn(make_work(args, folder, name), runtime)()
-    send.send(runtime.peak_memory_mb())
+def profile(batches: list[Batch], updater: Updater, runtime: Runtime) -> str:
+    """Where the time of some steps goes."""
+    with torch.profiler.profile() as profiler:
+        for batch in batches:
+            updater.backward(batch, 1)
+            updater.step()
+        synchronize(runtime.device)
+    by = "self_cuda_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40)
 
 
-def main() -> None:
+def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--task", choices=["paraphrase", "sonnet"], default="paraphrase")
     parser.add_argument("--pairs", default=DATA / "sample-pairs-train.csv")
-    parser.add_argument("--n", type=int, help="examples in a turn (480 pairs, 128 poems)")
+    parser.add_argument("--n", type=int, help="pairs of an epoch, poems of a turn (600, 40)")
     parser.add_argument("--batch_size", type=int, help="(12 pairs, 4 poems)")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--use_gpu", action="store_true")
+    parser.add_argument("--rank", type=int, help="of LoRA (8, 4 for sonnets)")
+    parser.add_argument("--length", type=int, help="random prompts of so many tokens, steps only")
+    parser.add_argument("--turns", type=int, default=3, help="of steps; an epoch has one")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for ours")
+    parser.add_argument("--alone", action="store_true", help="this project without the others")
+    parser.add_argument("--profile", action="store_true", help="end with a profile of ours")
     args = parser.parse_args()
-    paraphrase = args.task == "paraphrase"
-    args.n = args.n or (480 if paraphrase else 128)
-    args.batch_size = args.batch_size or (12 if paraphrase else 4)
-    runtime = make_runtime(args.use_gpu, "auto")
-    seed_everything(0)
-    folder = find_model(args)
-    names = [OURS, *["this project, batches as they come"] * paraphrase, PEFT]
+    sonnet = args.task == "sonnet"
+    args.batch_size = args.batch_size or (4 if sonnet else 12)
+    args.rank = args.rank or (4 if sonnet else 8)
+    args.n = args.n or (40 if sonnet else 600)
+    args.n -= args.n % args.batch_size
+    return args
 
-    memory = {}
-    spawn = multiprocessing.get_context("spawn")
-    for name in names:
-        receive, send = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=peak_memory, args=(args, folder, name, send))
-        process.start()
-        memory[name] = receive.recv()
-        process.join()
-    turns = {name: make_turn(make_work(args, folder, name), runtime) for name in names}
-    unit = "pairs/s" if paraphrase else "tokens/s"
-    report(take_turns(turns, args.turns), unit, PEFT, **{"MiB at most": memory})
+
+def main() -> None:
+    args = get_args()
+    folder = find_model(args)
+    names = [OURS] if args.alone else [OURS, PEFT] + [PLAIN] * (args.task == "paraphrase")
+    workers = {name: Worker(make_peer, args, folder, name) for name in names}
+    for worker in workers.values():
+        worker.ask("step tokens")  # it answers when it is ready
+    parameters = sum(p.numel() for p in load_gpt2(folder).gpt_layers.parameters())
+    limit = matrix_rate(args.use_gpu, args.precision)
+    results = {"gflops_limit": limit / 1e9}
+    print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")
+    for what in ["step"] + ["epoch"] * (args.task == "paraphrase" and not args.length):
+        peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}  # noqa: B023
+        rates = (
+            take_turns(peers, args.turns) if what == "step" else {n: f() for n, f in peers.items()}
+        )
+        tokens = workers[OURS].ask(f"{what} tokens")
+        tokens_per_second = {name: rate * tokens for name, rate in rates.items()}
+        columns = {
+            "tokens/s": tokens_per_second,
+            "% of the limit": {
+                name: 400 * parameters * rate / limit for name, rate in tokens_per_second.items()
+            },
+            "MiB at most": {name: worker.ask("memory") for name, worker in workers.items()},
+        }
+        print(f"{what}, {tokens:.1f} tokens an example")
+        reference = PEFT if PEFT in rates else OURS
+        results[what] = table(rates, "examples/s", reference, **columns)
+    if args.profile:
+        print(workers[OURS].ask("profile"))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

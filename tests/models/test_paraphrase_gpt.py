@@ -3,7 +3,14 @@
 import torch
 import torch.nn.functional as F
 
+from datasets import PairBatches, answer_ids, read_pairs, tokenize_pairs
+from finetune.loop import FitConfig, Updater
+from finetune.runtime import make_runtime
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
+from models.pretrained import BUNDLED, load_gpt2
+from modules.lora import LoRAConfig, add_lora
+from tests.benchmarks.plain import PlainParaphrase
+from tests.conftest import ROOT
 
 NO, YES = 7, 40
 IDS = torch.tensor([[3, 5, 8, 9], [6, 2, 0, 0]])
@@ -42,3 +49,23 @@ def test_loss_is_cross_entropy_of_the_labels(gpt):
     with torch.no_grad():
         expected = F.cross_entropy(model(IDS, MASK), batch["labels"])
         assert torch.equal(paraphrase_loss(model, batch), expected)
+
+
+def test_fifty_steps_are_those_of_the_plain_way(nano_tokenizer):
+    """Everything that makes our step quick, against an implementation that has none of it."""
+    gpt, answers = load_gpt2(BUNDLED), answer_ids(nano_tokenizer)
+    add_lora(gpt, LoRAConfig(dropout=0.0))
+    pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", labelled=True, limit=200)
+    batches = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 4, seed=0)
+    losses = []
+    for model in (PlainParaphrase(gpt, answers), ParaphraseGPT(gpt, answers)):
+        runtime = make_runtime(False, "fp32")
+        updater = Updater(model.train(), paraphrase_loss, FitConfig(lr=1e-3), 50, runtime)
+        losses.append([])
+        for batch in batches.epoch(0):
+            losses[-1].append(updater.backward(batch, 1).item())
+            updater.step()
+    plain, ours = map(torch.tensor, losses)
+    assert len(ours) == 50
+    assert (plain[:10] - plain[-10:]).abs().max() > 0.1  # so they have gone somewhere
+    assert torch.allclose(ours, plain, atol=1e-4)

@@ -1,0 +1,104 @@
+"""What comes before the first step: pairs from file to batches, and a run from its command on.
+
+    python -m tests.benchmarks.startup --random gpt2 --pairs FILE --n 283000
+
+A file of `n` pairs is made by repeating those given. A process of its own reads, tokenizes and
+batches it, and tells how long each took and how its memory grew. Then the script starts, once on
+the file as given and once on the long one, until its bar shows a batch.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import PairBatches, read_pairs, tokenize_pairs
+from finetune.arguments import DATA
+from finetune.runtime import make_runtime
+from models.pretrained import load_tokenizer
+from tests.benchmarks.peers import Worker, add_model_arguments, find_model
+from tests.conftest import ROOT
+
+
+def repeated(pairs: Path, n: int, folder: Path) -> Path:
+    """A file with the usable rows of `pairs` again and again."""
+    rows = read_pairs(pairs, labelled=True)
+    rows = list(zip(rows.ids, rows.first, rows.second, rows.labels, strict=True))
+    with open(folder / "pairs.csv", "w", encoding="utf-8") as file:
+        file.write("id\tsentence1\tsentence2\tis_duplicate\n")
+        for i in range(n):
+            name, *questions, label = rows[i % len(rows)]
+            quoted = [question.replace('"', '""') for question in questions]
+            file.write(f'{i}-{name}\t"{quoted[0]}"\t"{quoted[1]}"\t{label}.0\n')
+    return folder / "pairs.csv"
+
+
+def make_reader(pairs: Path, folder: Path) -> dict[str, Callable[[], dict[str, float]]]:
+    """In its own process: seconds of each part, and MiB that the peak grew by."""
+    tokenizer, memory = load_tokenizer(folder), make_runtime(False, "fp32").peak_memory_mb
+    tokenizer.backend_tokenizer.encode("ready")
+
+    def read() -> dict[str, float]:
+        times, before = [time.perf_counter()], memory()
+        rows = read_pairs(pairs, labelled=True)
+        times.append(time.perf_counter())
+        data = tokenize_pairs(rows, tokenizer, 512)
+        times.append(time.perf_counter())
+        n = sum(len(batch["labels"]) for batch in PairBatches(data, 12, seed=0).epoch(0))
+        times.append(time.perf_counter())
+        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+        names = ("read_seconds", "tokenize_seconds", "batch_seconds")
+        return {"pairs": n, **dict(zip(names, seconds, strict=True)), "mib": memory() - before}
+
+    return {"read": read}
+
+
+def seconds_to_first_step(pairs: Path, model: Path, *flags: str) -> float:
+    """From the command to the first batch in the bar."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = ["--para_train", pairs, "--para_dev", pairs, "--para_test", pairs]
+        out = ["--para_dev_out", f"{folder}/dev", "--para_test_out", f"{folder}/test"]
+        command = [sys.executable, "-u", ROOT / "lora_paraphrase_detection.py", *data, *out]
+        command += [
+            "--model_path",
+            model,
+            "--checkpoint_dir",
+            folder,
+            "--limit_dev",
+            "1500",
+            *flags,
+        ]
+        started, seen = time.perf_counter(), b""
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+            while b"12/" not in seen:
+                new = run.stderr.read1()
+                if not new:
+                    raise SystemExit(seen.decode())
+                seen += new
+            run.kill()
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("--pairs", type=Path, default=DATA / "sample-pairs-train.csv")
+    parser.add_argument("--n", type=int, default=283_000)
+    args = parser.parse_args()
+    model, flags = find_model(args), ["--use_gpu"] * args.use_gpu
+    with tempfile.TemporaryDirectory() as folder:
+        many = repeated(args.pairs, args.n, Path(folder))
+        results = Worker(make_reader, many, model).ask("read")
+        for name, pairs in (("file", args.pairs), ("long_file", many)):
+            results[f"first_step_{name}_seconds"] = seconds_to_first_step(pairs, model, *flags)
+    for name, value in results.items():
+        print(f"{name:<32} {value:12,.1f}")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
