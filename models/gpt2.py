@@ -94,7 +94,7 @@ class GPT2Model(nn.Module):
     ) -> dict[str, Tensor]:
         """`last_hidden_state` [B,T,C] and `last_token` [B,C], the state at the last real token.
 
-        With `last_only` it is `last_token` alone, and the last layer works for no other position.
+        With `last_only`, `last_token` alone: the last layer does without the other positions.
 
         `attention_mask` [B,S] is 1 on real tokens: on the T given, and with a `cache` on those
         in it before them. Pass `right_padded=True` where every row is known to be padded on the
@@ -120,30 +120,35 @@ class GPT2Model(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=input_ids.device)
         h = self.embed_dropout(self.word_embedding(input_ids) + self.pos_embedding(position_ids))
-        edited = None
-        if self.edit_positions is not None:
-            if prompt_lengths is None and past:
-                raise ValueError(
-                    "ReFT at positions of the prompt needs prompt_lengths beside a cache"
-                )
-            if prompt_lengths is None:
-                real = input_ids.new_ones(1, T) if attention_mask is None else attention_mask
-                prompt_lengths = real.sum(1)
-            edited = self.edit_positions.of(position_ids, prompt_lengths)
+        edited = self._edited(input_ids, attention_mask, position_ids, prompt_lengths, past)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
         last, only = _last_position(input_ids, mask), None  # [B,1,1]
         for i, layer in enumerate(self.gpt_layers):
             if last_only and T > 1 and i + 1 == len(self.gpt_layers):
-                only = last
-                if visible is None:
-                    visible = (torch.arange(T, device=h.device) <= last)[:, None]  # [B,1,1,T]
-                else:
-                    visible = visible.take_along_dim(last[:, None], 2)
+                only, visible = last, _visible_to(last, visible, T)
             h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
         h = self.final_layer_norm(h)
         if only is not None:
             return {"last_token": h[:, 0]}
         return {"last_hidden_state": h, "last_token": h.take_along_dim(last, 1)[:, 0]}
+
+    def _edited(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        prompt_lengths: Tensor | None,
+        past: int,
+    ) -> Tensor | None:
+        """Where adapters of the residual stream work, bool [B,T,1], None for everywhere."""
+        if self.edit_positions is None:
+            return None
+        if prompt_lengths is None and past:
+            raise ValueError("ReFT at positions of the prompt needs prompt_lengths beside a cache")
+        if prompt_lengths is None:
+            real = torch.ones_like(input_ids[:1]) if attention_mask is None else attention_mask
+            prompt_lengths = real.sum(1)
+        return self.edit_positions.of(position_ids, prompt_lengths)
 
     def hidden_state_to_token(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C] by the tied word embedding, in float32.
@@ -181,6 +186,13 @@ def _visible(attention_mask: Tensor, T: int) -> Tensor:
     query = key[-T:, None]
     real = attention_mask.bool()[:, None, None, :]  # [B,1,1,S]
     return (key < query) & real | (key == query)
+
+
+def _visible_to(last: Tensor, visible: Tensor | None, T: int) -> Tensor:
+    """The rows of a mask [B,1,T,S], or of the causal one for None, at positions `last` [B,1,1]."""
+    if visible is None:
+        return (torch.arange(T, device=last.device) <= last)[:, None]  # [B,1,1,T]
+    return visible.take_along_dim(last[:, None], 2)
 
 
 def _last_position(input_ids: Tensor, mask: Tensor | None) -> Tensor:
