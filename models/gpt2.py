@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
 from modules.kv_cache import KVCache
-from modules.linear import pack, packed_layers, packed_linear
+from modules.linear import can_pack, pack, packed_layers, packed_linear
 from modules.reft import Positions
 
 
@@ -128,7 +128,7 @@ class GPT2Model(nn.Module):
                 only, visible = last, _visible_to(last, visible, T)
             h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
         h = self.final_layer_norm(h)
-        if only is not None:
+        if last_only and h.shape[1] == 1:
             return {"last_token": h[:, 0]}
         return {"last_hidden_state": h, "last_token": h.take_along_dim(last, 1)[:, 0]}
 
@@ -166,7 +166,8 @@ class GPT2Model(nn.Module):
 
         They take as much memory again. `dtype` is what the layers work in; logits stay float32.
         """
-        self.packed_head = pack(self.word_embedding.weight, rows)
+        head = self.word_embedding.weight
+        self.packed_head = pack(head, rows) if can_pack(head) else None
         try:
             with packed_layers(self, rows, dtype):
                 yield

@@ -23,15 +23,18 @@ class Linear(nn.Linear):
         return self.weight
 
 
-def pack(weight: Tensor, rows: int) -> Tensor | None:
+def can_pack(weight: Tensor) -> bool:
+    """Is oneDNN, which packed weights are for, the way to go where this weight is?"""
+    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return weight.device.type == "cpu" and vectors and torch.backends.mkldnn.is_available()
+
+
+def pack(weight: Tensor, rows: int) -> Tensor:
     """A copy of a weight in oneDNN's blocks, for products with about `rows` rows.
 
-    None where oneDNN is not the way to go. Twelve rows through all of gpt2's matrices, its head
-    included, take 35 ms that way on two AVX-512 cores, and 77 by F.linear.
+    Twelve rows through all of gpt2's matrices, its head included, take 35 ms that way on two
+    AVX-512 cores, and 77 by F.linear.
     """
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if weight.device.type != "cpu" or not vectors or not torch.backends.mkldnn.is_available():
-        return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
@@ -44,8 +47,11 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tens
 
 @contextmanager
 def packed_layers(model: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
-    """Within, each linear layer works with a packed copy of its weight, adapters merged into it."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    """Within, each linear layer works with a packed copy of its weight, adapters merged into it.
+
+    Layers that nothing is gained for stay as they are.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear) and can_pack(m.weight)]
     try:
         for layer in layers:
             layer.packed = pack(layer.effective_weight().to(dtype), rows)

