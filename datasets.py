@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -241,20 +241,40 @@ def load_pairs(
     return splits
 
 
+class Share(NamedTuple):
+    """What a process's batch is of the whole one, which all processes deal out among themselves."""
+
+    n_examples: int  # of the whole
+    weight: float  # of its mean loss in the whole's, 1 for a process alone
+
+
 class PairBatches:
-    """Training batches of nearly equal lengths, so that hardly anything is padding."""
+    """Training batches of nearly equal lengths, so that hardly anything is padding.
+
+    `batch_size` is for each of the `world_size` processes, of which this is number `rank`.
+    """
 
     unit = "pair"
 
-    def __init__(self, data: TokenizedPairs, batch_size: int, seed: int):
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+    def __init__(
+        self, data: TokenizedPairs, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        self.data, self.batch_size, self.seed = data, batch_size * world_size, seed
+        self.rank, self.world_size = rank, world_size
         self.n_examples = len(data)
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """All pairs once, in an order that seed and epoch fix."""
+    def longest(self) -> dict[str, Tensor]:
+        """The longest pair as a batch of its own."""
+        return make_batch(self.data, self.data.lengths.argmax(keepdims=True))
+
+    def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
+        """All pairs once, in an order that seed and epoch fix; of each batch this process's share.
+
+        A process for which none is left takes the batch's first pair, with a weight of 0.
+        """
         generator = np.random.default_rng([self.seed, number])
         order = generator.permutation(self.n_examples)
         batches = []
@@ -263,14 +283,17 @@ class PairBatches:
             pool = pool[np.argsort(self.data.lengths[pool], kind="stable")]
             batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
         for i in generator.permutation(len(batches)):
-            yield make_batch(self.data, batches[i])
+            rows = batches[i]
+            own = rows[self.rank :: self.world_size]
+            share = Share(len(rows), len(own) / len(rows))
+            yield make_batch(self.data, own if len(own) else rows[:1]), share
 
 
-def prediction_batches(data: TokenizedPairs, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """All pairs once, the longest first, so that one too many for the memory fails at once."""
+def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
+    """The rows of batches that hold all pairs once, the longest first, so that one too many for
+    the memory fails at once."""
     order = np.argsort(-data.lengths, kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield make_batch(data, order[start : start + batch_size])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def make_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
@@ -415,27 +438,43 @@ def load_sonnets(
 
 
 class SonnetBatches:
-    """Batches of tokenized poems, in which each token but a poem's first is a target."""
+    """Batches of tokenized poems, in which each token but a poem's first is a target.
+
+    `batch_size` is for each of the `world_size` processes, of which this is number `rank`.
+    """
 
     unit = "poem"
 
-    def __init__(self, poems: list[TokenizedSonnet], batch_size: int, seed: int):
-        self.poems, self.batch_size, self.seed = poems, batch_size, seed
+    def __init__(
+        self,
+        poems: list[TokenizedSonnet],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.poems, self.batch_size, self.seed = poems, batch_size * world_size, seed
+        self.rank, self.world_size = rank, world_size
         self.n_examples = len(poems)
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """All poems once, in an order that seed and epoch fix."""
+    def longest(self) -> dict[str, Tensor]:
+        """The longest poem as a batch of its own."""
+        return sonnet_batch([max(self.poems, key=lambda poem: len(poem.ids))])
+
+    def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
+        """All poems once, in an order that seed and epoch fix; of each batch this process's share.
+
+        A process for which none is left takes the batch's first poem, with a weight of 0.
+        """
         order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
-        yield from sonnet_batches([self.poems[i] for i in order], self.batch_size)
-
-
-def sonnet_batches(poems: list[TokenizedSonnet], batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of poems in the order given."""
-    for start in range(0, len(poems), batch_size):
-        yield sonnet_batch(poems[start : start + batch_size])
+        for start in range(0, len(order), self.batch_size):
+            poems = [self.poems[i] for i in order[start : start + self.batch_size]]
+            own = poems[self.rank :: self.world_size]
+            n_targets, n_own = (sum(len(p.ids) - 1 for p in group) for group in (poems, own))
+            yield sonnet_batch(own or poems[:1]), Share(len(poems), n_own / n_targets)
 
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:

@@ -6,46 +6,42 @@ python lora_paraphrase_detection.py --use_gpu --predict_only
 """
 
 import argparse
-from pathlib import Path
 
 from datasets import PairBatches, answer_ids, load_pairs
 from finetune.arguments import (
     DEMO_PAIRS,
+    adapter_checkpoint,
     add_fit_arguments,
     add_lora_arguments,
     add_model_arguments,
+    add_output_arguments,
     add_paraphrase_data_arguments,
     add_run_arguments,
-    checkpoint_path,
     config_from,
-    model_name,
+    make_parser,
     parse_args,
 )
-from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
+from finetune.memory import describe_memory
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
-from finetune.predictions import (
-    format_table,
-    paraphrase_table,
-    write_metrics,
-    write_paraphrase_predictions,
-)
+from finetune.peft_format import start_lora, write_exports
+from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
+from finetune.report import tensorboard_log, write_paraphrase_record
 from finetune.runtime import make_runtime, run, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_pretrained
-from modules.lora import LoRAConfig, add_lora
+from modules.lora import LoRAConfig
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_paraphrase_data_arguments(parser, "lora")
     add_model_arguments(parser)
     add_lora_arguments(parser)
     add_fit_arguments(parser, batch_size=12)
     add_run_arguments(parser)
+    add_output_arguments(parser, "lora")
     return parse_args(parser, DEMO_PAIRS | {"lr": 2e-3})
 
 
@@ -61,42 +57,45 @@ def main() -> None:
     train, dev, test = load_pairs(*paths, limits, tokenizer, gpt.config.n_positions)
 
     # Build
-    lora = config_from(LoRAConfig, args, "lora_")
-    add_lora(gpt, lora)
+    lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, answer_ids(tokenizer))
     runtime.prepare(model, args.compile)
-    checkpoint = checkpoint_path(args, "lora", lora.rank, "paraphrase")
-    same = adapter_identity("lora", "paraphrase", model_name(args), lora)
+    checkpoint = adapter_checkpoint(args, "paraphrase", lora, model, runtime)
 
     # Fit
     def score() -> dict[str, float]:
         return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
 
-    def keep(record: dict) -> None:
-        save_adapter(checkpoint, model, same | record)
-
     if not args.predict_only:
-        batches = PairBatches(train, args.batch_size, args.seed)
+        batches = PairBatches(train, args.batch_size, args.seed, runtime.rank, runtime.world_size)
+        step = model, paraphrase_loss
+        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
         stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
+        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        history, measured = fit(
-            model, paraphrase_loss, batches, score, keep, config, stopper, runtime
-        )
+        fitted = fit(*step, batches, score, checkpoint.save, config, stopper, runtime, log)
 
     # Predict
-    best = load_adapter(checkpoint, model, same)
+    imported = args.predict_only and args.import_peft
+    best = {"epoch": 0} if imported else checkpoint.load()
     dev_logits = paraphrase_logits(model, dev, runtime, "dev")
     test_logits = paraphrase_logits(model, test, runtime, "test")
     final = paraphrase_metrics(dev_logits, dev.labels)
+    if not runtime.is_main:
+        return
 
     # Write
     write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
     write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    files = {"checkpoint": checkpoint, "dev": args.para_dev_out, "test": args.para_test_out}
+    files = {"checkpoint": checkpoint.path, "dev": args.para_dev_out, "test": args.para_test_out}
     if not args.predict_only:
-        files["metrics"] = Path(args.para_dev_out).parent / "lora-paraphrase-metrics.json"
-        write_metrics(files["metrics"], vars(args), history, final, measured)
-        files = measured | files
+        stem = args.para_dev_out.with_name("lora-paraphrase")
+        record = vars(args), lora, fitted, final
+        files |= write_paraphrase_record(stem, *record, dev, dev_logits, tokenizer)
+        files = fitted.measured | files
+    exports = args.export_peft, args.export_merged
+    files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
     print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))
 
 

@@ -10,45 +10,41 @@ import argparse
 from datasets import SonnetBatches, load_sonnets
 from finetune.arguments import (
     DEMO_SONNETS,
+    adapter_checkpoint,
     add_fit_arguments,
     add_lora_arguments,
     add_model_arguments,
+    add_output_arguments,
     add_run_arguments,
     add_sampling_arguments,
     add_sonnet_data_arguments,
-    checkpoint_path,
     config_from,
-    model_name,
+    make_parser,
     parse_args,
 )
-from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
-from finetune.predictions import (
-    format_sonnet,
-    format_table,
-    sonnet_table,
-    write_metrics,
-    write_samples,
-)
+from finetune.memory import describe_memory
+from finetune.peft_format import start_lora, write_exports
+from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
+from finetune.report import tensorboard_log, write_sonnet_record
 from finetune.runtime import make_runtime, run, seed_everything
 from finetune.sampling import Poet, SamplingConfig
 from finetune.sonnet_metrics import SonnetScorer
 from models.pretrained import load_pretrained
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
-from modules.lora import LoRAConfig, add_lora
+from modules.lora import LoRAConfig
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_sonnet_data_arguments(parser, "lora")
     add_model_arguments(parser)
     add_lora_arguments(parser)
     add_fit_arguments(parser, batch_size=4)
     add_sampling_arguments(parser)
     add_run_arguments(parser)
+    add_output_arguments(parser, "lora")
     parser.set_defaults(epochs=10, lr=1.5e-4, lora_rank=4)
     return parse_args(parser, DEMO_SONNETS | {"lr": 2e-3})
 
@@ -65,40 +61,48 @@ def main() -> None:
     data = load_sonnets(*paths, limits, args.seed, tokenizer, gpt.config.n_positions)
 
     # Build
-    lora = config_from(LoRAConfig, args, "lora_")
-    add_lora(gpt, lora)
+    lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = SonnetGPT(gpt)
     runtime.prepare(model, args.compile)
-    checkpoint = checkpoint_path(args, "lora", lora.rank, "sonnet")
-    same = adapter_identity("lora", "sonnet", model_name(args), lora)
+    checkpoint = adapter_checkpoint(args, "sonnet", lora, model, runtime)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
 
     # Fit
     def keep(record: dict) -> None:
-        save_adapter(checkpoint, model, same | record)
+        checkpoint.save(record)
         print(*map(format_sonnet, score.poems[:2]), sep="")
 
     if not args.predict_only:
+        processes = runtime.rank, runtime.world_size
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *processes)
+        step = model, sonnet_loss
+        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
-        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed)
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
+        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        history, measured = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime)
+        fitted = fit(*step, batches, score, keep, config, stopper, runtime, log)
 
     # Predict
-    best = load_adapter(checkpoint, model, same)
+    imported = args.predict_only and args.import_peft
+    best = {"epoch": 0} if imported else checkpoint.load()
     final = score.final()
     samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
+    if not runtime.is_main:
+        return
 
     # Write
-    files = {"checkpoint": checkpoint} | write_samples(args.sonnet_out, samples)
+    files = {"checkpoint": checkpoint.path} | write_samples(args.sonnet_out, samples)
     if not args.predict_only:
         final = {"val_loss_before_training": untrained} | final
-        files["metrics"] = args.sonnet_out.parent / "lora-sonnet-metrics.json"
-        write_metrics(files["metrics"], vars(args), history, final, measured)
-        files = measured | files
+        stem = args.sonnet_out.with_name("lora-sonnet")
+        files |= write_sonnet_record(stem, vars(args), lora, fitted, final)
+        files = fitted.measured | files
+    exports = args.export_peft, args.export_merged
+    files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
     print(format_table(sonnet_table(best["epoch"], final) | files))
 
 

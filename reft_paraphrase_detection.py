@@ -6,31 +6,27 @@ python reft_paraphrase_detection.py --use_gpu --predict_only
 """
 
 import argparse
-from pathlib import Path
 
 from datasets import PairBatches, answer_ids, load_pairs
 from finetune.arguments import (
     DEMO_PAIRS,
+    adapter_checkpoint,
     add_fit_arguments,
     add_model_arguments,
+    add_output_arguments,
     add_paraphrase_data_arguments,
     add_reft_arguments,
     add_run_arguments,
-    checkpoint_path,
     config_from,
-    model_name,
+    make_parser,
     parse_args,
 )
-from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
+from finetune.memory import describe_memory
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
-from finetune.predictions import (
-    format_table,
-    paraphrase_table,
-    write_metrics,
-    write_paraphrase_predictions,
-)
+from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
+from finetune.report import tensorboard_log, write_paraphrase_record
 from finetune.runtime import make_runtime, run, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_pretrained
@@ -38,14 +34,13 @@ from modules.reft import ReFTConfig, add_reft
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_paraphrase_data_arguments(parser, "reft")
     add_model_arguments(parser)
     add_reft_arguments(parser)
     add_fit_arguments(parser, batch_size=8)
     add_run_arguments(parser)
+    add_output_arguments(parser, "reft")
     return parse_args(parser, DEMO_PAIRS | {"lr": 3e-3})
 
 
@@ -63,40 +58,41 @@ def main() -> None:
     # Build
     reft = config_from(ReFTConfig, args, "reft_")
     add_reft(gpt, reft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, answer_ids(tokenizer))
     runtime.prepare(model, args.compile)
-    checkpoint = checkpoint_path(args, "reft", reft.rank, "paraphrase")
-    same = adapter_identity("reft", "paraphrase", model_name(args), reft)
+    checkpoint = adapter_checkpoint(args, "paraphrase", reft, model, runtime)
 
     # Fit
     def score() -> dict[str, float]:
         return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
 
-    def keep(record: dict) -> None:
-        save_adapter(checkpoint, model, same | record)
-
     if not args.predict_only:
-        batches = PairBatches(train, args.batch_size, args.seed)
+        batches = PairBatches(train, args.batch_size, args.seed, runtime.rank, runtime.world_size)
+        step = model, paraphrase_loss
+        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
         stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
+        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        history, measured = fit(
-            model, paraphrase_loss, batches, score, keep, config, stopper, runtime
-        )
+        fitted = fit(*step, batches, score, checkpoint.save, config, stopper, runtime, log)
 
     # Predict
-    best = load_adapter(checkpoint, model, same)
+    best = checkpoint.load()
     dev_logits = paraphrase_logits(model, dev, runtime, "dev")
     test_logits = paraphrase_logits(model, test, runtime, "test")
     final = paraphrase_metrics(dev_logits, dev.labels)
+    if not runtime.is_main:
+        return
 
     # Write
     write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
     write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    files = {"checkpoint": checkpoint, "dev": args.para_dev_out, "test": args.para_test_out}
+    files = {"checkpoint": checkpoint.path, "dev": args.para_dev_out, "test": args.para_test_out}
     if not args.predict_only:
-        files["metrics"] = Path(args.para_dev_out).parent / "reft-paraphrase-metrics.json"
-        write_metrics(files["metrics"], vars(args), history, final, measured)
-        files = measured | files
+        stem = args.para_dev_out.with_name("reft-paraphrase")
+        record = vars(args), reft, fitted, final
+        files |= write_paraphrase_record(stem, *record, dev, dev_logits, tokenizer)
+        files = fitted.measured | files
     print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))
 
 

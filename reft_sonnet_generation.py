@@ -10,27 +10,23 @@ import argparse
 from datasets import SonnetBatches, load_sonnets
 from finetune.arguments import (
     DEMO_SONNETS,
+    adapter_checkpoint,
     add_fit_arguments,
     add_model_arguments,
+    add_output_arguments,
     add_reft_arguments,
     add_run_arguments,
     add_sampling_arguments,
     add_sonnet_data_arguments,
-    checkpoint_path,
     config_from,
-    model_name,
+    make_parser,
     parse_args,
 )
-from finetune.checkpoint import adapter_identity, load_adapter, save_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
-from finetune.predictions import (
-    format_sonnet,
-    format_table,
-    sonnet_table,
-    write_metrics,
-    write_samples,
-)
+from finetune.memory import describe_memory
+from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
+from finetune.report import tensorboard_log, write_sonnet_record
 from finetune.runtime import make_runtime, run, seed_everything
 from finetune.sampling import Poet, SamplingConfig
 from finetune.sonnet_metrics import SonnetScorer
@@ -40,15 +36,14 @@ from modules.reft import ReFTConfig, add_reft
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     add_sonnet_data_arguments(parser, "reft")
     add_model_arguments(parser)
     add_reft_arguments(parser)
     add_fit_arguments(parser, batch_size=4)
     add_sampling_arguments(parser)
     add_run_arguments(parser)
+    add_output_arguments(parser, "reft")
     parser.set_defaults(epochs=10, lr=1.5e-4, reft_dropout=0.1)
     return parse_args(parser, DEMO_SONNETS | {"lr": 3e-3})
 
@@ -67,38 +62,44 @@ def main() -> None:
     # Build
     reft = config_from(ReFTConfig, args, "reft_")
     add_reft(gpt, reft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = SonnetGPT(gpt)
     runtime.prepare(model, args.compile)
-    checkpoint = checkpoint_path(args, "reft", reft.rank, "sonnet")
-    same = adapter_identity("reft", "sonnet", model_name(args), reft)
+    checkpoint = adapter_checkpoint(args, "sonnet", reft, model, runtime)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
 
     # Fit
     def keep(record: dict) -> None:
-        save_adapter(checkpoint, model, same | record)
+        checkpoint.save(record)
         print(*map(format_sonnet, score.poems[:2]), sep="")
 
     if not args.predict_only:
+        processes = runtime.rank, runtime.world_size
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *processes)
+        step = model, sonnet_loss
+        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
-        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed)
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
+        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        history, measured = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime)
+        fitted = fit(*step, batches, score, keep, config, stopper, runtime, log)
 
     # Predict
-    best = load_adapter(checkpoint, model, same)
+    best = checkpoint.load()
     final = score.final()
     samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
+    if not runtime.is_main:
+        return
 
     # Write
-    files = {"checkpoint": checkpoint} | write_samples(args.sonnet_out, samples)
+    files = {"checkpoint": checkpoint.path} | write_samples(args.sonnet_out, samples)
     if not args.predict_only:
         final = {"val_loss_before_training": untrained} | final
-        files["metrics"] = args.sonnet_out.parent / "reft-sonnet-metrics.json"
-        write_metrics(files["metrics"], vars(args), history, final, measured)
-        files = measured | files
+        stem = args.sonnet_out.with_name("reft-sonnet")
+        files |= write_sonnet_record(stem, vars(args), reft, fitted, final)
+        files = fitted.measured | files
     print(format_table(sonnet_table(best["epoch"], final) | files))
 
 

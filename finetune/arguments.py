@@ -2,16 +2,20 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from datasets import GIVEN_LINES
+from finetune.checkpoint import AdapterCheckpoint, adapter_identity
 from finetune.early_stopping import EarlyStoppingConfig
 from finetune.loop import SCHEDULES, FitConfig
-from finetune.runtime import PRECISIONS
+from finetune.runtime import PRECISIONS, Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
 from modules.adapters import AdapterError
@@ -19,7 +23,8 @@ from modules.lora import TARGETS, LoRAConfig
 from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, Positions, ReFTConfig
 
 Config = TypeVar("Config")
-DATA = Path(__file__).resolve().parent.parent / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr_schedule": "linear", "warmup_ratio": 0.1}
 DEMO_PAIRS = DEMO | {
     "para_train": DATA / "sample-pairs-train.csv",
@@ -33,6 +38,26 @@ DEMO_SONNETS = DEMO | {
     "dev_sonnet_path": DATA / "sonnets_held_out_dev.txt",
     "dev_gold_path": DATA / "TRUE_sonnets_held_out_dev.txt",
 }
+
+
+def in_project(path: str) -> Path:
+    """A path inside the project, as seen from the working directory."""
+    return Path(os.path.relpath(ROOT / path))
+
+
+def unused_folder(text: str) -> Path:
+    """Type of a flag that takes a folder to be made."""
+    path = Path(text)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"{text!r} is there already and not an empty folder")
+    return path
+
+
+def not_for_reft(text: str) -> Path:
+    """Type of the flags that a ReFT run cannot serve."""
+    raise argparse.ArgumentTypeError(
+        "ReFT edits the states between GPT-2's blocks, which no weight of GPT-2 and no LoRA can do"
+    )
 
 
 def whole(minimum: int) -> Callable[[str], int]:
@@ -80,16 +105,36 @@ def positions(text: str) -> str:
     return text
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags to the left, what they mean to the right, in lines of a common width."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=100)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` starts with the script's docstring instead of a list of all flags.
+
+    Flags have to be written out: a shortened one could mean another in the next version.
+    """
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--demo] [--use_gpu] [flags below; defaults in brackets]",
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    help = "the bundled small model and data: offline, on a CPU, in about a minute"
+    parser.add_argument("--demo", action="store_true", help=help)
+    return parser
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which GPT-2 to start from."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model_size", choices=SIZES, default="gpt2", help="default: %(default)s")
-    group.add_argument(
-        "--model_path",
-        type=Path,
-        metavar="FOLDER",
-        help="a GPT-2 checkpoint in Hugging Face format, instead of --model_size",
-    )
+    help = f"{', '.join(SIZES)} (bundled, the others from the hub or its cache) [%(default)s]"
+    group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
+    help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
+    group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,64 +145,97 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="auto: bf16, or fp16 on GPUs without bf16, fp32 on a CPU or MPS",
+        help="auto is bf16, or fp16 on GPUs without bf16, or fp32 on a CPU or MPS [auto]",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--seed", type=whole(0), default=11711, help="default: %(default)s")
-    group.add_argument("--limit_train", type=whole(1), metavar="N", help="first N training rows")
-    group.add_argument("--limit_dev", type=whole(1), metavar="N", help="first N dev and test rows")
-    group.add_argument(
-        "--checkpoint_dir", type=Path, default=Path("checkpoints"), help="default: %(default)s"
-    )
-    group.add_argument(
-        "--predict_only", action="store_true", help="no training: predict with the saved adapter"
-    )
+    help = "torch.compile the model: a minute or two to start, for long runs on GPUs"
+    group.add_argument("--compile", action="store_true", help=help)
+    help = "decides the adapter's start, order, dropout and samples [%(default)s]"
+    group.add_argument("--seed", type=whole(0), default=11711, metavar="N", help=help)
+    help = "only the first N training examples [all]"
+    group.add_argument("--limit_train", type=whole(1), metavar="N", help=help)
+    help = "only the first N of dev and test [all]"
+    group.add_argument("--limit_dev", type=whole(1), metavar="N", help=help)
+    help = "no training: predict with the adapter that the same command trained"
+    group.add_argument("--predict_only", action="store_true", help=help)
 
 
-def flag(group: argparse._ArgumentGroup, kind: type, name: str, help: str = "", **options) -> None:
+def add_output_arguments(parser: argparse.ArgumentParser, method: str) -> None:
+    """Checkpoints, logs, and the formats of others."""
+    group = parser.add_argument_group("checkpoints, logs and exchange")
+    folder = in_project("checkpoints")
+    help = "where the best epoch's adapter is kept [%(default)s]"
+    group.add_argument("--checkpoint_dir", type=Path, default=folder, metavar="FOLDER", help=help)
+    help = "write TensorBoard logs [to %(const)s]"
+    runs = in_project("runs")
+    group.add_argument(
+        "--tensorboard", type=Path, nargs="?", const=runs, metavar="FOLDER", help=help
+    )
+    if method == "lora":
+        help = "start from a PEFT adapter, which decides rank, alpha, targets and layers"
+        group.add_argument("--import_peft", type=Path, metavar="FOLDER", help=help)
+    new = unused_folder if method == "lora" else not_for_reft
+    help = "write the best epoch as a PEFT adapter" if method == "lora" else argparse.SUPPRESS
+    group.add_argument("--export_peft", type=new, metavar="FOLDER", help=help)
+    help = "write base and LoRA as one checkpoint" if method == "lora" else argparse.SUPPRESS
+    group.add_argument("--export_merged", type=new, metavar="FOLDER", help=help)
+
+
+def flag(group: argparse._ArgumentGroup, kind: type, name: str, help: str, **options) -> None:
     """Add a flag for a field of a config dataclass, whose default it takes and tells in brackets.
 
     `name` is the flag's; the field is the same without `lora_` or `reft_` before it.
     """
     default = getattr(kind, re.sub("^(lora|reft)_", "", name))
-    options["help"] = f"{help} [%(default)s]".strip() if "[" not in help else help
+    if "choices" not in options:
+        options.setdefault("metavar", "N" if isinstance(default, int) else "X")
+    options["help"] = help if "[" in help else f"{help} [%(default)s]"
     group.add_argument(f"--{name}", default=default, **options)
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Training and early stopping."""
-    group = parser.add_argument_group("training (defaults in brackets)")
-    group.add_argument("--batch_size", type=whole(1), default=batch_size, help="[%(default)s]")
-    flag(group, FitConfig, "epochs", type=whole(1))
+    group = parser.add_argument_group("training")
+    help = "examples in a batch of each process [%(default)s]"
+    group.add_argument("--batch_size", type=whole(1), default=batch_size, metavar="N", help=help)
+    flag(group, FitConfig, "epochs", "passes over the training data", type=whole(1))
     flag(group, FitConfig, "lr", "learning rate of AdamW", type=number(above=0))
-    flag(group, FitConfig, "weight_decay", type=number(least=0))
+    help = "AdamW's decoupled weight decay"
+    flag(group, FitConfig, "weight_decay", help, type=number(least=0))
     flag(group, FitConfig, "grad_accum", "batches per optimizer step", type=whole(1))
     flag(group, FitConfig, "grad_clip", "largest gradient norm, 0 is off", type=number(least=0))
-    flag(group, FitConfig, "lr_schedule", "after the warm-up", choices=SCHEDULES)
-    flag(group, FitConfig, "warmup_ratio", "share of all steps", type=number(least=0, below=1))
-    help = "epochs without --min_improvement after which to stop, 0 is never"
+    help = "of the learning rate after the warm-up"
+    flag(group, FitConfig, "lr_schedule", help, choices=SCHEDULES)
+    help = "share of all steps in which the learning rate rises"
+    flag(group, FitConfig, "warmup_ratio", help, type=number(least=0, below=1))
+    help = "keep less for the backward pass and compute it again: less memory, a third more time"
+    group.add_argument("--gradient_checkpointing", action="store_true", help=help)
+    help = "epochs that together gain less than --min_improvement and end the run, 0 is never"
     flag(group, EarlyStoppingConfig, "early_stopping_patience", help, type=whole(0))
-    flag(group, EarlyStoppingConfig, "min_improvement", type=number(least=0))
+    help = "of dev accuracy (a share) or of the validation loss (nats)"
+    flag(group, EarlyStoppingConfig, "min_improvement", help, type=number(least=0))
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of LoRAConfig."""
-    group = parser.add_argument_group("LoRA (defaults in brackets)")
-    flag(group, LoRAConfig, "lora_rank", type=whole(1))
-    flag(group, LoRAConfig, "lora_alpha", "scaled by alpha / rank", type=number(above=0))
+    group = parser.add_argument_group("LoRA")
+    flag(group, LoRAConfig, "lora_rank", "rows of A, columns of B", type=whole(1))
+    help = "the adapter is scaled by alpha / rank"
+    flag(group, LoRAConfig, "lora_alpha", help, type=number(above=0))
     dropout = number(least=0, below=1)
     flag(group, LoRAConfig, "lora_dropout", "on the adapter's input", type=dropout)
-    help = "linear layers that get an adapter [all of them]"
-    flag(group, LoRAConfig, "lora_targets", help, nargs="+", choices=TARGETS)
-    help = "blocks that get adapters, counted from 0 [all of them]"
-    flag(group, LoRAConfig, "lora_layers", help, nargs="+", type=whole(0), metavar="LAYER")
+    help = f"linear layers that get an adapter, of {', '.join(TARGETS)} [all]"
+    targets = {"nargs": "+", "choices": TARGETS, "metavar": "LAYER"}
+    flag(group, LoRAConfig, "lora_targets", help, **targets)
+    help = "blocks that get adapters, counted from 0 [all]"
+    flag(group, LoRAConfig, "lora_layers", help, nargs="+", type=whole(0), metavar="N")
 
 
 def add_reft_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of ReFTConfig."""
-    group = parser.add_argument_group("ReFT (defaults in brackets)")
-    flag(group, ReFTConfig, "reft_type", choices=INTERVENTIONS)
-    flag(group, ReFTConfig, "reft_rank", type=whole(1))
+    group = parser.add_argument_group("ReFT")
+    types = {"choices": INTERVENTIONS, "metavar": "TYPE"}
+    flag(group, ReFTConfig, "reft_type", f"{', '.join(INTERVENTIONS)} [%(default)s]", **types)
+    flag(group, ReFTConfig, "reft_rank", "dimensions of the states that are edited", type=whole(1))
     help = "the type adapter is scaled by alpha / rank"
     flag(group, ReFTConfig, "reft_alpha", help, type=number(above=0))
     dropout = number(least=0, below=1)
@@ -166,38 +244,46 @@ def add_reft_arguments(parser: argparse.ArgumentParser) -> None:
     flag(group, ReFTConfig, "reft_activation", help, choices=ACTIVATIONS)
     help = "the states after these parts of a block are edited [both]"
     flag(group, ReFTConfig, "reft_locations", help, nargs="+", choices=LOCATIONS)
-    help = "blocks that are edited, counted from 0 [all of them]"
-    flag(group, ReFTConfig, "reft_layers", help, nargs="+", type=whole(0), metavar="LAYER")
-    help = "all, or of the prompt the first N and last M (each half of it at most): fN+lM, fN, lM"
-    flag(group, ReFTConfig, "reft_positions", help, type=positions)
+    help = "blocks that are edited, counted from 0 [all]"
+    flag(group, ReFTConfig, "reft_layers", help, nargs="+", type=whole(0), metavar="N")
+    help = "all, or the first N and last M of the prompt, each half of it at most: fN+lM, fN, lM"
+    flag(group, ReFTConfig, "reft_positions", f"{help} [all]", type=positions, metavar="WHERE")
 
 
 def add_paraphrase_data_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     """The question-pair files in and the prediction files out."""
-    group = parser.add_argument_group("data (tab-separated question pairs, see data/README.md)")
-    group.add_argument("--para_train", default="data/quora-train.csv")
-    group.add_argument("--para_dev", default="data/quora-dev.csv")
-    group.add_argument("--para_test", default="data/quora-test-student.csv")
-    group.add_argument("--para_dev_out", default=f"predictions/{method}-para-dev-output.csv")
-    group.add_argument("--para_test_out", default=f"predictions/{method}-para-test-output.csv")
+    group = parser.add_argument_group("data, tab-separated question pairs (see data/README.md)")
+    _file(group, "para_train", "data/quora-train.csv", "to train on")
+    _file(group, "para_dev", "data/quora-dev.csv", "to score after each epoch")
+    _file(group, "para_test", "data/quora-test-student.csv", "to predict, has no labels")
+    out = f"predictions/{method}-para"
+    _file(group, "para_dev_out", f"{out}-dev-output.csv", "predictions; metrics go beside it")
+    _file(group, "para_test_out", f"{out}-test-output.csv", "predictions")
 
 
 def add_sonnet_data_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     """The sonnet files in and out."""
-    group = parser.add_argument_group("data (numbered poems, see data/README.md)")
-    group.add_argument("--sonnet_path", default="data/sonnets.txt")
-    group.add_argument("--held_out_sonnet_path", default="data/sonnets_held_out.txt")
-    group.add_argument("--dev_sonnet_path", default="data/sonnets_held_out_dev.txt")
-    group.add_argument("--dev_gold_path", default="data/TRUE_sonnets_held_out_dev.txt")
-    group.add_argument(
-        "--sonnet_out", type=Path, default=Path(f"predictions/{method}_generated_sonnets.txt")
-    )
+    group = parser.add_argument_group("data, numbered poems (see data/README.md)")
+    _file(group, "sonnet_path", "data/sonnets.txt", "to train on, a tenth to validate")
+    _file(group, "held_out_sonnet_path", "data/sonnets_held_out.txt", "to continue in the end")
+    dev = "data/sonnets_held_out_dev.txt"
+    _file(group, "dev_sonnet_path", dev, "to continue after each epoch")
+    gold = "data/TRUE_sonnets_held_out_dev.txt"
+    _file(group, "dev_gold_path", gold, "the same poems whole, to score by")
+    out = f"predictions/{method}_generated_sonnets.txt"
+    _file(group, "sonnet_out", out, "the poems; metrics go beside it")
+
+
+def _file(group: argparse._ArgumentGroup, name: str, default: str, help: str) -> None:
+    options = {"type": Path, "default": in_project(default), "metavar": "FILE"}
+    group.add_argument(f"--{name}", help=f"{help} [%(default)s]", **options)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of SamplingConfig, and how many samples to take."""
-    group = parser.add_argument_group("generation (defaults in brackets)")
-    flag(group, SamplingConfig, "temperature", type=number(above=0))
+    group = parser.add_argument_group("generation")
+    help = "logits are divided by it: under 1 likelier, over 1 bolder tokens"
+    flag(group, SamplingConfig, "temperature", help, type=number(above=0))
     help = "sample from the likeliest tokens that hold this mass"
     flag(group, SamplingConfig, "top_p", help, type=number(above=0, most=1))
     group.add_argument("--greedy", action="store_true", help="always take the likeliest token")
@@ -217,12 +303,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(parser: argparse.ArgumentParser, demo: dict[str, Any]) -> argparse.Namespace:
     """Parse the command line; under `--demo` the values of `demo` are the defaults."""
-    parser.add_argument(
-        "--demo", action="store_true", help="the bundled small model and data, offline, on a CPU"
-    )
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**demo)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if getattr(args, "import_peft", None):
+        for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} beside --import_peft, whose folder decides it")
+    return args
 
 
 def config_from(kind: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
@@ -236,7 +324,11 @@ def model_name(args: argparse.Namespace) -> str:
     return args.model_path.resolve().name if args.model_path else args.model_size
 
 
-def checkpoint_path(args: argparse.Namespace, method: str, rank: int, task: str) -> Path:
-    """`<checkpoint_dir>/{method}-{model}-{epochs}-{lr}-{rank}-{task}.pt`."""
-    name = f"{method}-{model_name(args)}-{args.epochs}-{args.lr}-{rank}-{task}.pt"
-    return args.checkpoint_dir / name
+def adapter_checkpoint(
+    args: argparse.Namespace, task: str, adapter: Any, model: nn.Module, runtime: Runtime
+) -> AdapterCheckpoint:
+    """`<checkpoint_dir>/{lora,reft}-{model}-{epochs}-{lr}-{rank}-{task}.pt`."""
+    method = "lora" if isinstance(adapter, LoRAConfig) else "reft"
+    name = f"{method}-{model_name(args)}-{args.epochs}-{args.lr}-{adapter.rank}-{task}.pt"
+    about = adapter_identity(method, task, model_name(args), adapter)
+    return AdapterCheckpoint(args.checkpoint_dir / name, model, about, runtime)

@@ -1,15 +1,17 @@
 """The training loop: accumulation, schedule, a dev pass an epoch, early stopping."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from datasets import Share
 from finetune.early_stopping import EarlyStopper
 from finetune.runtime import RunError, Runtime
 from modules.adapters import count_parameters
@@ -31,7 +33,7 @@ class Batches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def epoch(self, number: int) -> Iterator[Batch]: ...
+    def epoch(self, number: int) -> Iterator[tuple[Batch, Share]]: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,15 @@ class Throughput:
             "examples_per_second": round(self.examples / self.seconds, 2),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
             "peak_memory_mb": round(runtime.peak_memory_mb(), 1),
+            "processes": runtime.world_size,
         }
+
+
+class Fitted(NamedTuple):
+    """What came of a training."""
+
+    history: list[dict[str, Any]]  # a record for each epoch
+    measured: dict[str, float]  # sizes, rates and memory
 
 
 def fit(
@@ -77,18 +87,20 @@ def fit(
     config: FitConfig,
     stopper: EarlyStopper,
     runtime: Runtime,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Train what requires a gradient; returns the history, a record an epoch, and what it cost.
+    log: Callable[[dict[str, float], int], None] = lambda values, step: None,
+) -> Fitted:
+    """Train what requires a gradient.
 
     `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
-    epoch the best so far. Raises RunError where the loss is not finite.
+    epoch the best so far; `log(values, step)` gets the losses and metrics after each epoch, and
+    the running loss once a second. Raises RunError where a loss is not finite.
     """
     updater = Updater(model, loss_function, config, len(train_batches), runtime)
     history, throughput = [], Throughput()
     for epoch in range(config.epochs):
         model.train()
         title = f"epoch {epoch + 1}/{config.epochs}"
-        train_loss = _train_epoch(updater, train_batches, epoch, title, throughput)
+        train_loss = _train_epoch(updater, train_batches, epoch, title, throughput, log)
         metrics = evaluate() if math.isfinite(train_loss) else {}
         if not metrics or not all(map(math.isfinite, metrics.values())):
             raise RunError(
@@ -98,14 +110,16 @@ def fit(
         is_best = stopper.update(metrics)
         record = {"epoch": epoch + 1, "train_loss": train_loss, **metrics, "is_best": is_best}
         history.append(record)
-        shown = " ".join(f"{k} {v:.4f}" for k, v in record.items() if isinstance(v, float))
+        losses = {name: value for name, value in record.items() if isinstance(value, float)}
+        shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         print(f"{title}: {shown}{' (best)' if is_best else ''}")
+        log(losses, updater.steps)
         if is_best:
             save_best(record)
         if stopper.should_stop:
             print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")
             break
-    return history, throughput.summary(model, runtime)
+    return Fitted(history, throughput.summary(model, runtime))
 
 
 class Updater:
@@ -119,7 +133,7 @@ class Updater:
         batches_per_epoch: int,
         runtime: Runtime,
     ):
-        self.model, self.loss_function = model, loss_function
+        self.model, self.loss_function = runtime.parallel(model), loss_function
         self.config, self.runtime = config, runtime
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -131,13 +145,22 @@ class Updater:
         # Modules that hold their weights to a constraint, as LoReFT does, mend them after a step.
         modules = (m for m in model.modules() if hasattr(m, "after_step"))
         self.constrained = list(modules)
+        self.steps = 0
         self.scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
 
-    def backward(self, batch: Batch, n_accumulated: int) -> Tensor:
-        """Add the gradient of one of the `n_accumulated` batches of a step; gives its loss."""
-        with self.runtime.autocast():
-            loss = self.loss_function(self.model, self.runtime.to_device(batch))
-        self.scaler.scale(loss / n_accumulated).backward()
+    def backward(
+        self, batch: Batch, weight: float = 1.0, n_accumulated: int = 1, is_last: bool = True
+    ) -> Tensor:
+        """Add the gradient of one of the `n_accumulated` batches of a step; gives its loss.
+
+        `weight` is that of a `Share`. Processes exchange their gradients with the last batch.
+        """
+        weight = weight * self.runtime.world_size  # the exchange takes the mean
+        exchange_later = not is_last and self.runtime.world_size > 1
+        with self.model.no_sync() if exchange_later else contextlib.nullcontext():
+            with self.runtime.autocast():
+                loss = self.loss_function(self.model, self.runtime.to_device(batch))
+            self.scaler.scale(loss * weight / n_accumulated).backward()
         return loss.detach()
 
     def step(self) -> None:
@@ -151,6 +174,7 @@ class Updater:
         for module in self.constrained:
             module.after_step()
         self.schedule.step()
+        self.steps += 1
 
 
 def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], float]:
@@ -167,27 +191,38 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
 
 
 def _train_epoch(
-    updater: Updater, train_batches: Batches, epoch: int, title: str, throughput: Throughput
+    updater: Updater,
+    train_batches: Batches,
+    epoch: int,
+    title: str,
+    throughput: Throughput,
+    log: Callable[[dict[str, float], int], None],
 ) -> float:
     """One pass over the data; returns the mean training loss of its examples."""
     started = shown = time.perf_counter()
-    loss_sum, examples, n_batches = 0.0, 0, len(train_batches)
-    grad_accum = updater.config.grad_accum
-    with tqdm(total=train_batches.n_examples, desc=title, unit=train_batches.unit) as bar:
-        for i, batch in enumerate(train_batches.epoch(epoch)):
+    loss_sum, examples, tokens, n_batches = 0.0, 0, 0, len(train_batches)
+    grad_accum, runtime = updater.config.grad_accum, updater.runtime
+    total, unit = train_batches.n_examples, train_batches.unit
+    with tqdm(total=total, desc=title, unit=unit, disable=not runtime.is_main) as bar:
+        for i, (batch, share) in enumerate(train_batches.epoch(epoch)):
             in_group = min(grad_accum, n_batches - i // grad_accum * grad_accum)
-            size = len(batch["input_ids"])
-            loss_sum = loss_sum + size * updater.backward(batch, in_group)  # stays on the device
-            if i % grad_accum == in_group - 1:
+            is_last = i % grad_accum == in_group - 1
+            loss = updater.backward(batch, share.weight, in_group, is_last)
+            loss_sum = loss_sum + share.n_examples * share.weight * loss  # stays on the device
+            if is_last:
                 updater.step()
-            examples += size
-            throughput.tokens += int(batch["attention_mask"].sum())
-            bar.update(size)
+            examples += share.n_examples
+            tokens += int(batch["attention_mask"].sum()) if share.weight else 0
+            bar.update(share.n_examples)
             if time.perf_counter() - shown > 1:  # reading the loss makes a GPU wait
-                bar.set_postfix(loss=f"{float(loss_sum) / examples:.4f}", refresh=False)
+                running = float(loss_sum) * runtime.world_size / examples
+                bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+                log({"running_train_loss": running}, updater.steps)
                 shown = time.perf_counter()
-        train_loss = float(loss_sum) / examples
+        loss_sums, tokens = zip(*runtime.gather([(float(loss_sum), tokens)]), strict=True)
+        train_loss = sum(loss_sums) / examples
         bar.set_postfix(loss=f"{train_loss:.4f}")
     throughput.seconds += time.perf_counter() - started
     throughput.examples += examples
+    throughput.tokens += sum(tokens)
     return train_loss

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 
 from datasets import Sonnet
 from finetune.files import write_text
+from finetune.loop import Fitted
 
 
-def write_paraphrase_predictions(path: str, ids: Iterable[str], classes: Iterable[int]) -> None:
+def write_paraphrase_predictions(path: Path, ids: Iterable[str], classes: Iterable[int]) -> None:
     """One line `id, 0|1` per pair, in the order of the input file (the course's format)."""
     lines = ["id \t Predicted_Is_Paraphrase \n"]
     lines += [f"{id_}, {class_} \n" for id_, class_ in zip(ids, classes, strict=True)]
@@ -47,14 +49,16 @@ def format_sonnet(sonnet: Sonnet) -> str:
 def write_metrics(
     path: Path,
     arguments: dict[str, Any],
-    history: list[dict[str, Any]],
-    final: dict[str, float],
-    measured: dict[str, float],
+    adapter: Any,
+    fitted: Fitted,
+    final: dict[str, Any],
+    **more: Any,
 ) -> None:
     """Write a run's metrics as JSON, with the versions of what made them."""
     import transformers
 
-    metrics = {"arguments": arguments, "history": history, "final": final} | measured
+    metrics = {"arguments": arguments, "adapter": asdict(adapter)}
+    metrics |= {"history": fitted.history, "final": final} | fitted.measured | more
     metrics["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -2,28 +2,41 @@
 
 import contextlib
 import ctypes
+import os
 import random
 import re
 import resource
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from datasets import DataError
 from models.pretrained import CheckpointError
 from modules.adapters import AdapterError, describe_parameters
 from modules.linear import Linear
 
+Item = TypeVar("Item")
 PRECISIONS = {  # name -> autocast type
     "fp32": None,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+LESS_MEMORY = (
+    "lower --batch_size and raise --grad_accum as much, or add --gradient_checkpointing, or take "
+    "a smaller --model_size"
+)
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
 
 
 class RunError(ValueError):
@@ -32,10 +45,51 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Runtime:
-    """The device of a run and the type its matrix products are computed in (None is float32)."""
+    """The device of a run, the type its matrix products are computed in (None is float32), and
+    which of how many processes this is. Process 0 alone prints and writes."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that are dealt out to this process, every `world_size`-th."""
+        return items[self.rank :: self.world_size]
+
+    def gather(self, own: Sequence[Item]) -> list[Item]:
+        """What all processes made of the items dealt out by `mine`, in the order of the items."""
+        if self.world_size == 1:
+            return list(own)
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, list(own))
+        merged: list[Any] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            merged[rank :: self.world_size] = part
+        return merged
+
+    def from_main(self, make: Callable[[], Item]) -> Item:
+        """What process 0 makes, for all of them."""
+        made = [make() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(made)
+        return made[0]
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model to train: in several processes their gradients are averaged.
+
+        Each process draws dropout masks of its own from here on.
+        """
+        if self.world_size == 1:
+            return model
+        torch.manual_seed(torch.initial_seed() + self.rank)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context for forward passes; parameters stay float32."""
@@ -59,6 +113,8 @@ class Runtime:
         if compile:
             model.compile(dynamic=True)
         print(f"{describe_parameters(model)}, on {self.device}")
+        if self.world_size > 1:
+            print(f"{self.world_size} processes, --batch_size is for each of them")
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on the device, by a copy that a GPU does not wait for."""
@@ -96,12 +152,20 @@ def keep_freed_memory() -> None:
 
 
 def make_runtime(use_gpu: bool, precision: str) -> Runtime:
-    """Choose the device (CUDA, else Apple's MPS, where a GPU is asked for) and the precision."""
+    """Choose device (CUDA, else Apple's MPS, where a GPU is asked for) and precision.
+
+    Under torchrun this joins the other processes, each with a GPU of its own or all on CPUs.
+    """
+    rank, world_size, local_rank = _torchrun()
     if not use_gpu:
         device = torch.device("cpu")
     elif torch.cuda.is_available():
-        device = torch.device("cuda")
-    elif torch.backends.mps.is_available():
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise RunError(f"--nproc_per_node is more than the {n_gpus} GPUs of this machine")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available() and world_size == 1:
         device = torch.device("mps")
     else:
         raise RunError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
@@ -112,7 +176,21 @@ def make_runtime(use_gpu: bool, precision: str) -> Runtime:
             precision = "bf16" if native_bf16 else "fp16"
     if precision == "fp16" and device.type != "cuda":
         raise RunError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
-    return Runtime(device, PRECISIONS[precision])
+    if world_size > 1:
+        on_gpus = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpus else "gloo", device_id=device if on_gpus else None
+        )
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
+    return Runtime(device, PRECISIONS[precision], rank, world_size)
+
+
+def _torchrun() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, as torchrun sets them; else 0, 1, 0."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, 0
+    return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def seed_everything(seed: int) -> None:
@@ -126,7 +204,20 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main; what a user can mend ends in one sentence and exit code 1."""
     try:
         main()
-    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        _fail(f"out of memory: {LESS_MEMORY}; what was saved before is whole")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _fail(reason: str) -> None:
+    rank = _torchrun()[0]
+    if rank:  # where process 0 fails as well, torchrun ends this one before it repeats the reason
+        time.sleep(3)
+    sys.exit(f"error{f' in process {rank}' if rank else ''}: {reason}")

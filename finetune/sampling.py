@@ -149,6 +149,8 @@ def generate(
     A row ends at `end_of_text`, with `config.max_lines`, or when it has its `longest` length, and
     then leaves the batch.
     """
+    if not rows:
+        return []
     with gpt.packed(len(rows), runtime.autocast_dtype or torch.float32):
         _grow(gpt, rows, end_of_text, config, runtime)
     return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]
@@ -234,7 +236,8 @@ class Poet:
             )
             for sonnet, prompt in zip(sonnets, prompts, strict=True)
         ]
-        texts = generate(self.gpt, rows, self.tokenizer.eos_token_id, self.config, self.runtime)
+        own, end = self.runtime.mine(rows), self.tokenizer.eos_token_id
+        texts = self.runtime.gather(generate(self.gpt, own, end, self.config, self.runtime))
         return [
             Sonnet(sonnet.number, tuple(counter.lines(text)[: self.config.max_lines]))
             for sonnet, text in zip(sonnets, texts, strict=True)

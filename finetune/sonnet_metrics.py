@@ -11,7 +11,7 @@ import torch
 from sacrebleu.metrics import CHRF
 from torch import nn
 
-from datasets import GIVEN_LINES, Sonnet, SonnetData, TokenizedSonnet, sonnet_batches
+from datasets import GIVEN_LINES, Sonnet, SonnetData, TokenizedSonnet, sonnet_batch
 from finetune.runtime import Runtime
 from finetune.sampling import Poet
 from models.sonnet_gpt import sonnet_loss
@@ -52,13 +52,14 @@ class SonnetScorer:
 def next_token_loss(model: nn.Module, poems: list[TokenizedSonnet], runtime: Runtime) -> float:
     """Mean loss over the targets of all tokenized poems, in nats per token."""
     model.eval()
-    total = n_targets = 0.0
-    for batch in sonnet_batches(poems, VALIDATION_BATCH):
+    own = []
+    batches = [poems[i : i + VALIDATION_BATCH] for i in range(0, len(poems), VALIDATION_BATCH)]
+    for batch in map(sonnet_batch, runtime.mine(batches)):
         with runtime.autocast():
             loss = sonnet_loss(model, runtime.to_device(batch))
-        total += loss.item() * len(batch["targets"])
-        n_targets += len(batch["targets"])
-    return total / n_targets
+        own.append((loss.item(), len(batch["targets"])))
+    losses, n_targets = zip(*runtime.gather(own), strict=True)
+    return sum(loss * n for loss, n in zip(losses, n_targets, strict=True)) / sum(n_targets)
 
 
 def chrf(poems: Sequence[Sonnet], gold: Sequence[Sonnet]) -> float:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modules.dropout import Dropout
 from modules.gpt2_layer import GPT2Layer
@@ -62,6 +64,7 @@ class GPT2Model(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.edit_positions: Positions | None = None  # where ReFT works, None for everywhere
         self.packed_head: Tensor | None = None
+        self.gradient_checkpointing = False  # compute a block again for its gradient, to keep less
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
 
@@ -123,10 +126,12 @@ class GPT2Model(nn.Module):
         edited = self._edited(input_ids, attention_mask, position_ids, prompt_lengths, past)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
         last, only = _last_position(input_ids, mask), None  # [B,1,1]
+        anew = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.gpt_layers):
+            run = partial(checkpoint, layer, use_reentrant=False) if anew else layer
             if last_only and T > 1 and i + 1 == len(self.gpt_layers):
                 only, visible = last, _visible_to(last, visible, T)
-            h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
+            h = run(h, visible, cache.layers[i] if cache else None, edited, only)
         h = self.final_layer_norm(h)
         if last_only and h.shape[1] == 1:
             return {"last_token": h[:, 0]}

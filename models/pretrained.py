@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
+from modules.adapters import is_adapter
 
 if TYPE_CHECKING:
     from transformers import GPT2TokenizerFast
@@ -132,7 +133,7 @@ def load_gpt2(folder: Path) -> GPT2Model:
     missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     unexpected = []
     for path in _weight_files(folder):
-        for stored_name, tensor in _read_tensors(path):
+        for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
             if name in missing:
                 _place(missing.pop(name), tensor, f"{path}: {stored_name}", name)
@@ -147,7 +148,10 @@ def load_gpt2(folder: Path) -> GPT2Model:
 
 
 def save_gpt2(model: GPT2Model, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` as `transformers.GPT2LMHeadModel` reads them."""
+    """Write `config.json` and `model.safetensors` as `transformers.GPT2LMHeadModel` reads them.
+
+    An adapter is left out: merge it first.
+    """
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -160,6 +164,8 @@ def save_gpt2(model: GPT2Model, folder: Path, eos_token_id: int, dtype: torch.dt
     }
     tensors = {}
     for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            continue
         tensor = parameter.detach().to("cpu", dtype)
         stored = hf_name(name)
         tensor = tensor.T if CONV1D_WEIGHT.search(stored) else tensor
@@ -190,7 +196,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, in an order in which file and model are never both in memory whole."""
     try:
         if path.suffix == ".safetensors":

@@ -59,13 +59,13 @@ class LoRALinear(Linear):
             return super().forward(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensors = (x, self.weight, self.bias, self.lora_A, self._block_B())
+        tensors = (x, self.weight, self.bias, self.lora_A, self.block_B())
         x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
         p = self.dropout.p if self.training else 0.0
         y = LoRAProduct.apply(x.flatten(0, -2), W, b, A, B, self.scale, p)
         return y.view(*x.shape[:-1], -1)
 
-    def _block_B(self) -> Tensor:
+    def block_B(self) -> Tensor:
         """[out,nR]: each part's B in its own rows and columns, none for a part without one."""
         if len(self.parts) == 1:
             return self.lora_B
@@ -78,7 +78,7 @@ class LoRALinear(Linear):
         if self.merged:
             return self.weight
         W = self.weight.to(self.lora_A.dtype)
-        return torch.addmm(W, self._block_B(), self.lora_A, alpha=self.scale)
+        return torch.addmm(W, self.block_B(), self.lora_A, alpha=self.scale)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -92,7 +92,7 @@ class LoRALinear(Linear):
         """Take the adapter out of the weight again, exact to rounding in the weight's type."""
         if self.merged:
             W = self.weight.to(self.lora_A.dtype)
-            self.weight.copy_(W.addmm(self._block_B(), self.lora_A, alpha=-self.scale))
+            self.weight.copy_(W.addmm(self.block_B(), self.lora_A, alpha=-self.scale))
             self.merged = False
 
 

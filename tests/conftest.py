@@ -28,15 +28,23 @@ class Evil:
 
 
 def run_script(
-    script: str, folder: Path, *flags: str | Path, check: bool = True
+    script: str,
+    folder: Path,
+    *flags: str | Path,
+    check: bool = True,
+    processes: int = 1,
+    env: dict | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the four scripts as a person does, all that it writes going to `folder`."""
     if "sonnet" in script:
         out = ["--sonnet_out", folder / "poems.txt"]
     else:
         out = ["--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv"]
-    command = [sys.executable, ROOT / script, *flags, *out, "--checkpoint_dir", folder]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = torchrun if processes > 1 else [sys.executable]
+    command = [*launcher, ROOT / script, *flags, *out, "--checkpoint_dir", folder]
+    env = os.environ | (env or {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
     assert not check or done.returncode == 0, done.stderr
     return done
 

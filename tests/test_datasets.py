@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from datasets import (
     TokenizedSonnet,
     answer_ids,
     load_sonnets,
+    make_batch,
     make_prompt,
     poem_lines,
-    prediction_batches,
+    prediction_rows,
     read_pairs,
     read_sonnets,
     sonnet_batch,
@@ -196,7 +198,8 @@ def test_an_epoch_has_every_pair_once_whole_and_labelled(pairs, nano_tokenizer):
     batches = PairBatches(data, 12, seed=1)
     seen = []
     epoch = list(batches.epoch(0))
-    for batch in epoch:
+    for batch, share in epoch:
+        assert share == (len(batch["rows"]), 1)
         assert batch["labels"].tolist() == [row % 2 for row in batch["rows"].tolist()]
         for ids, mask, row in zip(
             *(batch[k] for k in ("input_ids", "attention_mask", "rows")), strict=True
@@ -214,7 +217,7 @@ def test_order_depends_on_seed_and_epoch_alone(pairs, nano_tokenizer):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
 
     def order(seed, epoch):
-        return torch.cat([b["rows"] for b in PairBatches(data, 12, seed).epoch(epoch)]).tolist()
+        return torch.cat([b["rows"] for b, _ in PairBatches(data, 12, seed).epoch(epoch)]).tolist()
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -223,7 +226,7 @@ def test_order_depends_on_seed_and_epoch_alone(pairs, nano_tokenizer):
 
 def padding_share(data, batch_size):
     real = padded = 0
-    for batch in PairBatches(data, batch_size, seed=0).epoch(0):
+    for batch, _ in PairBatches(data, batch_size, seed=0).epoch(0):
         real += int(batch["attention_mask"].sum())
         padded += batch["attention_mask"].numel()
     return 1 - real / padded
@@ -238,9 +241,25 @@ def test_padding_on_real_pairs_is_under_five_percent(quora, gpt2_tokenizer, batc
 
 def test_prediction_batches_hold_every_pair_once(pairs, nano_tokenizer):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
-    batches = list(prediction_batches(data, 64))
-    assert sorted(torch.cat([b["rows"] for b in batches]).tolist()) == list(range(500))
-    assert batches[0]["input_ids"].shape[1] == data.lengths.max()
+    batches = prediction_rows(data, 64)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert make_batch(data, batches[0])["input_ids"].shape[1] == data.lengths.max()
+    assert max(map(len, batches)) == 64
+
+
+@pytest.mark.parametrize("n", [12, 13, 16])
+def test_processes_share_each_batch_of_pairs_among_themselves(pairs, nano_tokenizer, n):
+    data = tokenize_pairs(pairs, nano_tokenizer, 512)
+    data = replace(data, ids=data.ids[:n], lengths=data.lengths[:n], starts=data.starts[:n])
+    alone = list(PairBatches(data, 12, seed=3).epoch(1))
+    shares = [list(PairBatches(data, 4, 3, rank, world_size=3).epoch(1)) for rank in range(3)]
+    for (whole, _), parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert sum(share.weight for _, share in parts) == pytest.approx(1)
+        assert {share.n_examples for _, share in parts} == {len(whole["rows"])}
+        rows = [row for batch, share in parts if share.weight for row in batch["rows"].tolist()]
+        assert sorted(rows) == sorted(whole["rows"].tolist())
+        for batch, share in parts:
+            assert share.weight in (0, len(batch["rows"]) / len(whole["rows"]))
 
 
 def test_the_sample_pairs_are_what_their_readme_says(nano_tokenizer):
@@ -403,7 +422,7 @@ def test_an_epoch_has_every_poem_once_in_an_order_of_seed_and_epoch():
     def order(seed, epoch):
         return [
             int(i)
-            for batch in SonnetBatches(poems, 4, seed).epoch(epoch)
+            for batch, _ in SonnetBatches(poems, 4, seed).epoch(epoch)
             for i in batch["input_ids"][:, 0]
         ]
 
@@ -411,6 +430,18 @@ def test_an_epoch_has_every_poem_once_in_an_order_of_seed_and_epoch():
     assert sorted(order(0, 0)) == list(range(10))
     assert order(0, 0) == order(0, 0)
     assert order(0, 0) != order(0, 1) != order(1, 1)
+
+
+def test_processes_share_each_batch_of_poems_by_its_targets():
+    poems = [TokenizedSonnet(list(range(i + 2)), 1) for i in range(10)]
+    alone = list(SonnetBatches(poems, 4, seed=3).epoch(1))
+    shares = [list(SonnetBatches(poems, 1, 3, rank, world_size=4).epoch(1)) for rank in range(4)]
+    for (whole, share), parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert share == (len(whole["input_ids"]), 1)
+        for batch, part in parts:
+            assert part.weight in (0, len(batch["targets"]) / len(whole["targets"]))
+        assert sum(part.weight for _, part in parts) == pytest.approx(1)
+    assert [part.weight > 0 for _, part in parts] == [True, True, False, False]  # 10 = 4 + 4 + 2
 
 
 def test_dev_and_gold_have_to_be_the_same_poems(tmp_path, nano_tokenizer):

@@ -3,11 +3,18 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from matplotlib.image import imread
 
-from datasets import read_pairs
+from datasets import answer_ids, make_prompt, read_pairs
+from finetune.arguments import in_project
+from models.pretrained import BUNDLED, load_tokenizer
+from modules.lora import TARGETS
 from tests.conftest import ROOT, narrow_hf_model, run_script
 
 SHORT = ["--demo", "--limit_train", "96", "--limit_dev", "40", "--epochs", "2"]
@@ -48,6 +55,13 @@ def test_metrics_agree_with_the_predictions(finished):
     assert metrics["trainable_parameters"] == 147_456
     assert metrics["total_parameters"] == 5_387_776 + 147_456
     assert metrics["arguments"]["lr"] == 0.002
+    wrong = {i for i, a, b in zip(pairs.ids, answers, pairs.labels, strict=True) if a != b}
+    mistakes = metrics["surest_mistakes"]
+    assert {mistake["id"] for mistake in mistakes} <= wrong
+    assert len(mistakes) == min(10, len(wrong))
+    assert mistakes[0]["prompt"].startswith('Is "')
+    assert metrics["adapter"]["targets"] == list(TARGETS)
+    assert imread(folder / "lora-paraphrase-report.png").shape[1] == 800
     for key in ("train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_mb"):
         assert metrics[key] > 0
     assert "5,535,232 parameters, 147,456 of them trainable" in done.stdout
@@ -90,12 +104,69 @@ def test_a_real_vocabulary_and_a_model_of_ones_own(gpt2_tokenizer, tmp_path):
     }
 
 
+def test_exports_are_what_was_trained_and_an_adapter_read_in_predicts_the_same(tmp_path):
+    flags = [*SHORT, "--lora_rank", "2", "--limit_train", "300", "--gradient_checkpointing"]
+    flags += ["--tensorboard", tmp_path / "logs"]
+    run(tmp_path, *flags, "--export_peft", tmp_path / "a", "--export_merged", tmp_path / "m")
+    assert len(list((tmp_path / "logs" / "lora-gpt2-nano-2-0.002-2-paraphrase").iterdir())) == 1
+    base = transformers.GPT2LMHeadModel.from_pretrained(BUNDLED, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "m").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    answers = list(answer_ids(load_tokenizer(BUNDLED)))
+    pairs = read_pairs(ROOT / "data" / "sample-pairs-dev.csv", True, limit=40)
+    for i, (pair_id, answer) in enumerate(predictions(tmp_path / "dev.csv")):
+        prompt = make_prompt(pairs.first[i], pairs.second[i])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            first, second = (model(ids).logits[0, -1, answers] for model in (adapted, merged))
+        assert (pair_id, int(answer)) == (pairs.ids[i], int(first.argmax()))
+        assert torch.allclose(first, second, atol=1e-4)
+
+    again = tmp_path / "again"
+    again.mkdir()
+    run(again, *SHORT, "--import_peft", tmp_path / "a", "--predict_only")
+    for name in ("dev.csv", "test.csv"):
+        assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+    flags = [*SHORT, "--limit_train", "24", "--lr", "1e-7"]
+    run(again, *flags, "--import_peft", tmp_path / "a")
+    metrics = json.loads((again / "lora-paraphrase-metrics.json").read_text())
+    was = json.loads((tmp_path / "lora-paraphrase-metrics.json").read_text())
+    assert metrics["adapter"]["rank"] == 2
+    assert metrics["final"]["dev_loss"] == pytest.approx(was["final"]["dev_loss"], abs=1e-3)
+
+
+def test_it_runs_where_hugging_faces_datasets_is_installed(tmp_path):
+    site = tmp_path / "site"
+    (site / "datasets").mkdir(parents=True)
+    (site / "datasets" / "__init__.py").write_text("raise RuntimeError('the other datasets')")
+    (site / "datasets-4.4.1.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: datasets\nVersion: 4.4.1\n"
+    (site / "datasets-4.4.1.dist-info" / "METADATA").write_text(about)
+    flags = ["--demo", "--limit_train", "12", "--limit_dev", "8", "--epochs", "1"]
+    run(tmp_path, *flags, env={"PYTHONPATH": str(site)})
+    assert len(predictions(tmp_path / "dev.csv")) == 8
+
+
+def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert in_project("data/sonnets.txt") == Path("data/sonnets.txt")
+    monkeypatch.chdir(tmp_path)
+    assert in_project("data/sonnets.txt").resolve() == ROOT / "data" / "sonnets.txt"
+    done = run(tmp_path, "--help")
+    assert str(in_project("predictions/lora-para-dev-output.csv")) in " ".join(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
         (["--lr", "0"], 2, "'0' is not a number above 0"),
         (["--batch_size", "0"], 2, "'0' is not a whole number of 1 or more"),
         (["--lora_dropout", "1"], 2, "'1' is not a number of 0 or more and below 1"),
+        (["--lora_ra", "3"], 2, "unrecognized arguments: --lora_ra 3"),
+        (["--import_peft", ".", "--lora_rank", "3"], 2, "--lora_rank beside --import_peft, whose"),
+        (["--demo", "--import_peft", "."], 1, "is no PEFT adapter: no adapter_config.json in it"),
+        (["--export_peft", ROOT], 2, "is there already and not an empty folder"),
         (["--lora_targets", "c_attn"], 2, "invalid choice: 'c_attn'"),
         (["--model_size", "gpt3"], 2, "invalid choice: 'gpt3'"),
         (["--demo", "--lora_layers", "4"], 1, "error: layer 4 is not one of the model's, 0 to 3"),

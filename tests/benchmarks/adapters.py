@@ -71,7 +71,7 @@ def main() -> None:
     seed_everything(0)
     folder = find_model(args)
     poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), load_tokenizer(BUNDLED), 512)
-    batches = list(SonnetBatches(poems[: args.n], 4, seed=0).epoch(0))
+    batches = [batch for batch, _ in SonnetBatches(poems[: args.n], 4, seed=0).epoch(0)]
     names = [LORA, *INTERVENTIONS, FREE, PARAMETRIZED]
     turns = {name: make_turn(make_model(folder, name), name, batches, runtime) for name in names}
     report(take_turns(turns, args.turns), "tokens/s", LORA)

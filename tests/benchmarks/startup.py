@@ -48,7 +48,7 @@ def make_reader(pairs: Path, folder: Path) -> dict[str, Callable[[], dict[str, f
         times.append(time.perf_counter())
         data = tokenize_pairs(rows, tokenizer, 512)
         times.append(time.perf_counter())
-        n = sum(len(batch["labels"]) for batch in PairBatches(data, 12, seed=0).epoch(0))
+        n = sum(len(batch["labels"]) for batch, _ in PairBatches(data, 12, seed=0).epoch(0))
         times.append(time.perf_counter())
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
         names = ("read_seconds", "tokenize_seconds", "batch_seconds")

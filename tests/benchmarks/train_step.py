@@ -109,7 +109,7 @@ def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
     tokenizer = load_tokenizer(folder)
     if args.task == "sonnet":
         poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), tokenizer, 512)
-        return list(SonnetBatches(poems[:n], args.batch_size, seed=0).epoch(0))
+        return [batch for batch, _ in SonnetBatches(poems[:n], args.batch_size, seed=0).epoch(0)]
     if args.length:
         ids = torch.randint(0, len(tokenizer), (n, args.length))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
@@ -124,7 +124,7 @@ def our_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
     """From the file to batches, as in a run."""
     pairs = read_pairs(args.pairs, labelled=True, limit=args.n)
     data = tokenize_pairs(pairs, load_tokenizer(folder), 512)
-    return PairBatches(data, args.batch_size, seed=0).epoch(0)
+    return (batch for batch, _ in PairBatches(data, args.batch_size, seed=0).epoch(0))
 
 
 def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:

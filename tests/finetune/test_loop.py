@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from datasets import Share
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit, lr_factor
 from finetune.runtime import RunError, Runtime
@@ -27,7 +28,8 @@ class Numbers:
 
     def epoch(self, number):
         for batch in self.batches:
-            yield {"input_ids": batch, "attention_mask": torch.ones_like(batch)}
+            mask = torch.ones_like(batch)
+            yield {"input_ids": batch, "attention_mask": mask}, Share(len(batch), 1)
 
 
 def squared_error(model, batch):

@@ -11,16 +11,19 @@ import torch
 
 from datasets import TokenizedPairs
 from finetune.arguments import number, whole
-from finetune.checkpoint import load_adapter, save_adapter
+from finetune.checkpoint import AdapterCheckpoint
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.files import replacing, write_text
+from finetune.loop import Fitted
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
 from finetune.predictions import write_metrics, write_paraphrase_predictions
-from finetune.runtime import RunError, make_runtime, seed_everything
+from finetune.runtime import RunError, Runtime, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import CheckpointError
 from modules.lora import LoRAConfig, add_lora
 from tests.conftest import Evil
+
+CPU = Runtime(torch.device("cpu"))
 
 
 def stopper(mode="max", patience=2, min_improvement=0.01):
@@ -83,13 +86,14 @@ def lora_gpt(gpt):
 
 def test_an_adapter_checkpoint_comes_back(lora_gpt, tmp_path):
     path = tmp_path / "a.pt"
-    save_adapter(path, lora_gpt, {"method": "lora", "rank": 2, "epoch": 3})
+    checkpoint = AdapterCheckpoint(path, lora_gpt, {"method": "lora", "rank": 2}, CPU)
+    checkpoint.save({"epoch": 3})
     before = {n: p.clone() for n, p in lora_gpt.named_parameters()}
     with torch.no_grad():
         for name, parameter in lora_gpt.named_parameters():
             if "lora_" in name:
                 parameter.zero_()
-    assert load_adapter(path, lora_gpt, {"method": "lora", "rank": 2})["epoch"] == 3
+    assert checkpoint.load()["epoch"] == 3
     assert all(torch.equal(p, before[n]) for n, p in lora_gpt.named_parameters())
     assert torch.load(path, weights_only=True).keys() == {"about", "adapter"}
     assert path.stat().st_size < 60_000  # the adapter alone, not the model
@@ -97,11 +101,11 @@ def test_an_adapter_checkpoint_comes_back(lora_gpt, tmp_path):
 
 def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(lora_gpt, tmp_path):
     path = tmp_path / "a.pt"
-    save_adapter(path, lora_gpt, {"rank": 2})
+    AdapterCheckpoint(path, lora_gpt, {"rank": 2}, CPU).save({})
     with pytest.raises(CheckpointError, match=r"a.pt has rank 2, this run has 8"):
-        load_adapter(path, lora_gpt, {"rank": 8})
+        AdapterCheckpoint(path, lora_gpt, {"rank": 8}, CPU).load()
     with pytest.raises(CheckpointError, match="none.pt does not exist: train first"):
-        load_adapter(tmp_path / "none.pt", lora_gpt, {})
+        AdapterCheckpoint(tmp_path / "none.pt", lora_gpt, {}, CPU).load()
     for content in (
         {"about": Evil(tmp_path / "harm")},
         {"about": {}},
@@ -110,12 +114,12 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(lora_gpt, tmp_p
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=r"a\.pt") as error:
-            load_adapter(path, lora_gpt, {})
+            AdapterCheckpoint(path, lora_gpt, {}, CPU).load()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "harm").exists()
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
-        load_adapter(path, lora_gpt, {})
+        AdapterCheckpoint(path, lora_gpt, {}, CPU).load()
 
 
 def test_devices_and_precisions(monkeypatch):
@@ -130,6 +134,8 @@ def test_devices_and_precisions(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert make_runtime(True, "auto").device.type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)  # noqa: B023
         assert make_runtime(True, "auto").autocast_dtype == expected
@@ -194,6 +200,16 @@ def test_logits_are_in_the_order_of_the_file_and_without_dropout(gpt):
         assert torch.allclose(logits[row], expected, atol=1e-5)
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="--nproc_per_node is more than the 2 GPUs of this machine"):
+        make_runtime(True, "bf16")
+
+
 def test_paraphrase_metrics_by_hand():
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
     metrics = paraphrase_metrics(logits, np.array([0, 1, 0, 0]))
@@ -211,13 +227,16 @@ def test_prediction_file_is_the_courses_byte_for_byte(tmp_path):
 
 def test_metrics_file_is_json_with_versions(tmp_path):
     path = tmp_path / "metrics.json"
+    fitted = Fitted([{"epoch": 1}], {"train_seconds": 2})
     write_metrics(
-        path, {"lr": 0.1, "out": path}, [{"epoch": 1}], {"loss": 0.5}, {"train_seconds": 2}
+        path, {"lr": 0.1, "out": path}, LoRAConfig(rank=3), fitted, {"loss": 0.5}, extra=[1]
     )
     metrics = json.loads(path.read_text())
     assert metrics["arguments"] == {"lr": 0.1, "out": str(path)}
     assert metrics["final"] == {"loss": 0.5}
     assert metrics["train_seconds"] == 2
+    assert metrics["adapter"]["rank"] == 3
+    assert metrics["extra"] == [1]
     assert metrics["versions"]["torch"] == torch.__version__
 
 

@@ -62,7 +62,7 @@ def test_fifty_steps_are_those_of_the_plain_way(nano_tokenizer):
         runtime = make_runtime(False, "fp32")
         updater = Updater(model.train(), paraphrase_loss, FitConfig(lr=1e-3), 50, runtime)
         losses.append([])
-        for batch in batches.epoch(0):
+        for batch, _ in batches.epoch(0):
             losses[-1].append(updater.backward(batch, 1).item())
             updater.step()
     plain, ours = map(torch.tensor, losses)

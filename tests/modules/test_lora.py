@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_formula_with_the_mask_of_the_forward(parts, 
     found = torch.autograd.grad((y * weighting).sum(), inputs)
     torch.manual_seed(1)
     dropped = Dropout(p)(x.flatten(0, 1)).view_as(x)
-    z = dropped @ lora.lora_A.T @ lora._block_B().T
+    z = dropped @ lora.lora_A.T @ lora.block_B().T
     formula = nn.functional.linear(x, linear.weight, linear.bias) + 6 / 2 * z
     expected = torch.autograd.grad((formula * weighting).sum(), inputs)
     assert torch.allclose(y, formula, atol=1e-5)

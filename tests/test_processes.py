@@ -1,0 +1,113 @@
+"""Two processes by torchrun, against one with twice the batch."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from finetune.runtime import Runtime
+from tests.conftest import ROOT, run_script
+
+PAIRS = ["--demo", "--limit_train", "41", "--limit_dev", "70", "--epochs", "2"]
+POEMS = ["--demo", "--limit_train", "9", "--limit_dev", "3", "--epochs", "2"]
+POEMS += ["--max_new_tokens", "60", "--num_samples", "2"]
+SUMS = {"train_loss": 1e-5, "dev_loss": 1e-4, "val_loss": 1e-5, "dev_accuracy": 0, "dev_chrf": 0}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "batch_size"),
+    [
+        ("lora_paraphrase_detection.py", [*PAIRS, "--lora_dropout", "0"], 4),
+        ("reft_paraphrase_detection.py", [*PAIRS, "--grad_accum", "2", "--reft_type", "loreft"], 2),
+        ("lora_sonnet_generation.py", [*POEMS, "--lora_dropout", "0", "--grad_clip", "0.5"], 2),
+        ("reft_sonnet_generation.py", [*POEMS, "--reft_dropout", "0", "--grad_accum", "2"], 1),
+    ],
+)
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, script, flags, batch_size):
+    records, outputs = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        size = str(batch_size * 2 // processes)
+        done = run_script(script, folder, *flags, "--batch_size", size, processes=processes)
+        assert done.stdout.count("(best)") <= 2
+        assert done.stdout.count("epoch 1/2: ") == 1  # one of them prints
+        (path,) = folder.glob("*-metrics.json")
+        records.append(json.loads(path.read_text()))
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".txt"))
+        assert len(files) == 2
+        outputs.append([path.read_bytes() for path in files])
+    one, two = records
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["trainable_parameters"] == two["trainable_parameters"]
+    for first, second in zip(one["history"], two["history"], strict=True):
+        for name in first.keys() & SUMS.keys():
+            assert second[name] == pytest.approx(first[name], abs=SUMS[name]), name
+    assert outputs[0] == outputs[1]
+
+
+def test_each_process_draws_dropout_masks_of_its_own(tmp_path):
+    """With the same masks in both, a batch of pairs alike would have two gradients alike."""
+    program = tmp_path / "masks.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            sys.path.insert(0, {str(ROOT)!r})
+            import torch
+            from finetune.runtime import make_runtime, seed_everything
+            runtime = make_runtime(False, "fp32")
+            seed_everything(3)
+            runtime.parallel(torch.nn.Linear(2, 2))
+            print(len(set(runtime.gather([int(torch.randint(2**62, ()))]))))
+            torch.distributed.destroy_process_group()
+            """
+        )
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, program], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
+    program = tmp_path / "failing.py"
+    program.write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys
+            sys.path.insert(0, {str(ROOT)!r})
+            import lora_paraphrase_detection as script
+            from datasets import DataError
+
+            def broken_disk(*args):
+                raise DataError("the disk of this machine is gone")
+
+            if os.environ["RANK"] == "{rank}":
+                script.load_pairs = broken_disk
+            script.run(script.main)
+            """
+        )
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*torchrun, program, *PAIRS, "--checkpoint_dir", tmp_path / "checkpoints"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    who = " in process 1" if rank else ""
+    assert f"error{who}: the disk of this machine is gone\n" in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 6])
+def test_what_is_dealt_out_comes_back_in_order(monkeypatch, n):
+    items = list(range(n))
+    processes = [Runtime(torch.device("cpu"), rank=rank, world_size=3) for rank in range(3)]
+
+    def all_gather(parts, own):
+        parts[:] = [list(process.mine(items)) for process in processes]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    assert [process.gather(process.mine(items)) for process in processes] == [items] * 3
