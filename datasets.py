@@ -266,9 +266,9 @@ class PairBatches:
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
-    def longest(self) -> dict[str, Tensor]:
-        """The longest pair as a batch of its own."""
-        return make_batch(self.data, self.data.lengths.argmax(keepdims=True))
+    def longest(self, n: int) -> dict[str, Tensor]:
+        """A batch of the n longest pairs."""
+        return make_batch(self.data, np.argsort(-self.data.lengths, kind="stable")[:n])
 
     def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
         """All pairs once, in an order that seed and epoch fix; of each batch this process's share.
@@ -460,9 +460,9 @@ class SonnetBatches:
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
-    def longest(self) -> dict[str, Tensor]:
-        """The longest poem as a batch of its own."""
-        return sonnet_batch([max(self.poems, key=lambda poem: len(poem.ids))])
+    def longest(self, n: int) -> dict[str, Tensor]:
+        """A batch of the n longest poems."""
+        return sonnet_batch(sorted(self.poems, key=lambda poem: -len(poem.ids))[:n])
 
     def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
         """All poems once, in an order that seed and epoch fix; of each batch this process's share.

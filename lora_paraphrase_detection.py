@@ -70,7 +70,7 @@ def main() -> None:
     if not args.predict_only:
         batches = PairBatches(train, args.batch_size, args.seed, runtime.rank, runtime.world_size)
         step = model, paraphrase_loss
-        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
+        print(describe_memory(*step, batches.longest, args.batch_size, runtime))
         stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)

@@ -78,7 +78,7 @@ def main() -> None:
         processes = runtime.rank, runtime.world_size
         batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *processes)
         step = model, sonnet_loss
-        print(describe_memory(*step, batches.longest(), args.batch_size, runtime))
+        print(describe_memory(*step, batches.longest, args.batch_size, runtime))
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))

@@ -207,7 +207,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     flag(group, FitConfig, "lr_schedule", help, choices=SCHEDULES)
     help = "share of all steps in which the learning rate rises"
     flag(group, FitConfig, "warmup_ratio", help, type=number(least=0, below=1))
-    help = "keep less for the backward pass and compute it again: less memory, a third more time"
+    help = "compute blocks again for the backward pass: less memory, half as much time again"
     group.add_argument("--gradient_checkpointing", action="store_true", help=help)
     help = "epochs that together gain less than --min_improvement and end the run, 0 is never"
     flag(group, EarlyStoppingConfig, "early_stopping_patience", help, type=whole(0))

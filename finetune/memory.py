@@ -1,12 +1,14 @@
 """How much memory a training step takes, told before the first one."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from finetune.runtime import LESS_MEMORY, Runtime
-from models.gpt2 import GPT2Model
 
 Batch = dict[str, Tensor]
 
@@ -14,7 +16,7 @@ Batch = dict[str, Tensor]
 def describe_memory(
     model: nn.Module,
     loss_function: Callable[[nn.Module, Batch], Tensor],
-    longest: Batch,
+    longest: Callable[[int], Batch],
     batch_size: int,
     runtime: Runtime,
 ) -> str:
@@ -31,50 +33,57 @@ def describe_memory(
 def step_memory(
     model: nn.Module,
     loss_function: Callable[[nn.Module, Batch], Tensor],
-    longest: Batch,
+    longest: Callable[[int], Batch],
     batch_size: int,
     runtime: Runtime,
 ) -> int:
-    """Bytes that a training step on `batch_size` rows as long as the one given takes, about.
+    """Bytes that a training step takes on a batch of the longest rows: `longest(n)` gives n.
 
-    Weights, gradients and AdamW's two moments of what is trained, what a forward pass of that row
-    keeps for the backward, times the rows, and once more what a block keeps, for the work in it.
-    Python and CUDA themselves take half a gigabyte besides.
+    Weights, AdamW's two moments, and what lives at the worst moment of a forward and backward
+    pass, measured on one row and on two. Python and CUDA take some hundred megabytes besides.
     """
-    gpt = next(module for module in model.modules() if isinstance(module, GPT2Model))
-    parameters = list(model.parameters())
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    row = runtime.to_device(longest)
-
-    def kept() -> int:
-        with runtime.autocast():
-            return kept_for_backward(lambda: loss_function(model, row), parameters)
-
-    was_training, again = model.training, gpt.gradient_checkpointing
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
     model.train()
     devices = [runtime.device] if runtime.device.type == "cuda" else []
+    peaks = []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-        gpt.gradient_checkpointing = False
-        all_blocks = kept()
-        gpt.gradient_checkpointing = again
-        in_step = kept() if again else all_blocks
+        for rows in range(1, 1 + min(2, batch_size)):
+            batch = runtime.to_device(longest(rows))
+            with LiveMemory(model.parameters()) as live:
+                with runtime.autocast():
+                    loss = loss_function(model, batch)
+                loss.backward()
+            peaks.append(live.peak)
+            for parameter in trained:
+                parameter.grad = None
+            del loss
     model.train(was_training)
-    working = all_blocks // len(gpt.gpt_layers)
-    return sum(p.nbytes for p in parameters) + 3 * trained + batch_size * (in_step + working)
+    constant = sum(p.nbytes for p in model.parameters()) + 2 * sum(p.nbytes for p in trained)
+    return constant + peaks[0] + (batch_size - 1) * (peaks[-1] - peaks[0])
 
 
-def kept_for_backward(compute: Callable[[], Tensor], parameters: list[Tensor]) -> int:
-    """Bytes of the tensors that `compute` leaves for a backward pass, the parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, int] = {}
+class LiveMemory(TorchDispatchMode):
+    """Within, follows the memory of all tensors but those of `known`; `peak` is in bytes."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        graph = compute()  # held until here, so that no address is given out twice
-    del graph
-    return sum(kept.values())
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self._change(storage.nbytes())
+            weakref.finalize(storage, self._change, -storage.nbytes())
+
+    def _change(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)

@@ -41,6 +41,7 @@ from datasets import (
 )
 from finetune.arguments import DATA
 from finetune.loop import FitConfig, Updater
+from finetune.memory import describe_memory
 from finetune.runtime import Runtime, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_gpt2, load_tokenizer
@@ -98,6 +99,7 @@ def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
         return PeftParaphrase(folder, answers, args.rank)
     gpt = load_gpt2(folder)
     add_lora(gpt, LoRAConfig(rank=args.rank))
+    gpt.gradient_checkpointing = args.gradient_checkpointing and name == OURS
     if name == PLAIN:
         return PlainParaphrase(gpt, answers)
     return SonnetGPT(gpt) if args.task == "sonnet" else ParaphraseGPT(gpt, answers)
@@ -167,11 +169,17 @@ def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Ca
         synchronize(runtime.device)
         return n / (time.perf_counter() - started)
 
+    def estimate() -> str:
+        whole = max(batches, key=lambda batch: batch["input_ids"].shape[1])
+        rows = lambda n: {name: tensor[:n] for name, tensor in whole.items()}  # noqa: E731
+        return describe_memory(model, loss, rows, args.batch_size, runtime)
+
     load = our_epoch if name == OURS else usual_epoch
     return {
         "step": lambda: train(lambda: batches),
         "epoch": lambda: train(lambda: load(args, folder)),
         "memory": runtime.peak_memory_mb,
+        "estimate": estimate,
         "step tokens": lambda: mean_length(batches),
         "epoch tokens": lambda: mean_length(list(our_epoch(args, folder))),
         "profile": lambda: profile(batches[:5], updater, runtime),
@@ -206,6 +214,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="random prompts of so many tokens, steps only")
     parser.add_argument("--turns", type=int, default=3, help="of steps; an epoch has one")
     parser.add_argument("--compile", action="store_true", help="torch.compile for ours")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="for ours")
     parser.add_argument("--alone", action="store_true", help="this project without the others")
     parser.add_argument("--profile", action="store_true", help="end with a profile of ours")
     args = parser.parse_args()
@@ -228,6 +237,8 @@ def main() -> None:
     limit = matrix_rate(args.use_gpu, args.precision)
     results = {"gflops_limit": limit / 1e9}
     print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")
+    if args.task == "paraphrase":
+        print(workers[OURS].ask("estimate"))
     for what in ["step"] + ["epoch"] * (args.task == "paraphrase" and not args.length):
         peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}  # noqa: B023
         rates = (
