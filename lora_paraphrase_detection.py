@@ -23,7 +23,6 @@ from finetune.arguments import (
 )
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
-from finetune.memory import describe_memory
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
 from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
@@ -58,9 +57,8 @@ def main() -> None:
 
     # Build
     lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
-    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, answer_ids(tokenizer))
-    runtime.prepare(model, args.compile)
+    runtime.prepare(model, args.compile, args.gradient_checkpointing)
     checkpoint = adapter_checkpoint(args, "paraphrase", lora, model, runtime)
 
     # Fit
@@ -68,17 +66,16 @@ def main() -> None:
         return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
 
     if not args.predict_only:
-        batches = PairBatches(train, args.batch_size, args.seed, runtime.rank, runtime.world_size)
-        step = model, paraphrase_loss
-        print(describe_memory(*step, batches.longest, args.batch_size, runtime))
+        batches = PairBatches(train, args.batch_size, args.seed, *runtime.place)
         stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        fitted = fit(*step, batches, score, checkpoint.save, config, stopper, runtime, log)
+        keep = checkpoint.save
+        fitted = fit(model, paraphrase_loss, batches, score, keep, config, stopper, runtime, log)
 
     # Predict
-    imported = args.predict_only and args.import_peft
-    best = {"epoch": 0} if imported else checkpoint.load()
+    imported = args.import_peft if args.predict_only else None
+    best = {"epoch": "imported"} if imported else checkpoint.load()
     dev_logits = paraphrase_logits(model, dev, runtime, "dev")
     test_logits = paraphrase_logits(model, test, runtime, "test")
     final = paraphrase_metrics(dev_logits, dev.labels)
@@ -88,12 +85,12 @@ def main() -> None:
     # Write
     write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
     write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    files = {"checkpoint": checkpoint.path, "dev": args.para_dev_out, "test": args.para_test_out}
+    files = {"adapter": imported or checkpoint.path}
+    files |= {"dev": args.para_dev_out, "test": args.para_test_out}
     if not args.predict_only:
-        stem = args.para_dev_out.with_name("lora-paraphrase")
-        record = vars(args), lora, fitted, final
-        files |= write_paraphrase_record(stem, *record, dev, dev_logits, tokenizer)
-        files = fitted.measured | files
+        about = args.para_dev_out.parent, vars(args), lora, fitted, final
+        record = write_paraphrase_record(*about, dev, dev_logits, tokenizer)
+        files = record | files
     exports = args.export_peft, args.export_merged
     files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
     print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))

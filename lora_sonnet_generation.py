@@ -24,7 +24,6 @@ from finetune.arguments import (
 )
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
-from finetune.memory import describe_memory
 from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
 from finetune.report import tensorboard_log, write_sonnet_record
@@ -62,9 +61,8 @@ def main() -> None:
 
     # Build
     lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
-    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = SonnetGPT(gpt)
-    runtime.prepare(model, args.compile)
+    runtime.prepare(model, args.compile, args.gradient_checkpointing)
     checkpoint = adapter_checkpoint(args, "sonnet", lora, model, runtime)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
@@ -75,32 +73,28 @@ def main() -> None:
         print(*map(format_sonnet, score.poems[:2]), sep="")
 
     if not args.predict_only:
-        processes = runtime.rank, runtime.world_size
-        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *processes)
-        step = model, sonnet_loss
-        print(describe_memory(*step, batches.longest, args.batch_size, runtime))
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *runtime.place)
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        fitted = fit(*step, batches, score, keep, config, stopper, runtime, log)
+        fitted = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime, log)
 
     # Predict
-    imported = args.predict_only and args.import_peft
-    best = {"epoch": 0} if imported else checkpoint.load()
+    imported = args.import_peft if args.predict_only else None
+    best = {"epoch": "imported"} if imported else checkpoint.load()
     final = score.final()
     samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
     if not runtime.is_main:
         return
 
     # Write
-    files = {"checkpoint": checkpoint.path} | write_samples(args.sonnet_out, samples)
+    files = {"adapter": imported or checkpoint.path} | write_samples(args.sonnet_out, samples)
     if not args.predict_only:
         final = {"val_loss_before_training": untrained} | final
-        stem = args.sonnet_out.with_name("lora-sonnet")
-        files |= write_sonnet_record(stem, vars(args), lora, fitted, final)
-        files = fitted.measured | files
+        record = write_sonnet_record(args.sonnet_out.parent, vars(args), lora, fitted, final)
+        files = record | files
     exports = args.export_peft, args.export_merged
     files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
     print(format_table(sonnet_table(best["epoch"], final) | files))

@@ -24,7 +24,6 @@ from finetune.arguments import (
 )
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, fit
-from finetune.memory import describe_memory
 from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
 from finetune.report import tensorboard_log, write_sonnet_record
 from finetune.runtime import make_runtime, run, seed_everything
@@ -62,9 +61,8 @@ def main() -> None:
     # Build
     reft = config_from(ReFTConfig, args, "reft_")
     add_reft(gpt, reft)
-    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = SonnetGPT(gpt)
-    runtime.prepare(model, args.compile)
+    runtime.prepare(model, args.compile, args.gradient_checkpointing)
     checkpoint = adapter_checkpoint(args, "sonnet", reft, model, runtime)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
@@ -75,16 +73,13 @@ def main() -> None:
         print(*map(format_sonnet, score.poems[:2]), sep="")
 
     if not args.predict_only:
-        processes = runtime.rank, runtime.world_size
-        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *processes)
-        step = model, sonnet_loss
-        print(describe_memory(*step, batches.longest, args.batch_size, runtime))
+        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *runtime.place)
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        fitted = fit(*step, batches, score, keep, config, stopper, runtime, log)
+        fitted = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime, log)
 
     # Predict
     best = checkpoint.load()
@@ -94,12 +89,11 @@ def main() -> None:
         return
 
     # Write
-    files = {"checkpoint": checkpoint.path} | write_samples(args.sonnet_out, samples)
+    files = {"adapter": checkpoint.path} | write_samples(args.sonnet_out, samples)
     if not args.predict_only:
         final = {"val_loss_before_training": untrained} | final
-        stem = args.sonnet_out.with_name("reft-sonnet")
-        files |= write_sonnet_record(stem, vars(args), reft, fitted, final)
-        files = fitted.measured | files
+        record = write_sonnet_record(args.sonnet_out.parent, vars(args), reft, fitted, final)
+        files = record | files
     print(format_table(sonnet_table(best["epoch"], final) | files))
 
 

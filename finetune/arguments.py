@@ -319,16 +319,11 @@ def config_from(kind: type[Config], args: argparse.Namespace, prefix: str = "") 
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def model_name(args: argparse.Namespace) -> str:
-    """What the run's files call the model: its size, or its folder's name."""
-    return args.model_path.resolve().name if args.model_path else args.model_size
-
-
 def adapter_checkpoint(
     args: argparse.Namespace, task: str, adapter: Any, model: nn.Module, runtime: Runtime
 ) -> AdapterCheckpoint:
     """`<checkpoint_dir>/{lora,reft}-{model}-{epochs}-{lr}-{rank}-{task}.pt`."""
-    method = "lora" if isinstance(adapter, LoRAConfig) else "reft"
-    name = f"{method}-{model_name(args)}-{args.epochs}-{args.lr}-{adapter.rank}-{task}.pt"
-    about = adapter_identity(method, task, model_name(args), adapter)
+    model_name = args.model_path.resolve().name if args.model_path else args.model_size
+    name = f"{adapter.method}-{model_name}-{args.epochs}-{args.lr}-{adapter.rank}-{task}.pt"
+    about = adapter_identity(task, model_name, adapter)
     return AdapterCheckpoint(args.checkpoint_dir / name, model, about, runtime)

@@ -14,9 +14,9 @@ from models.pretrained import CheckpointError
 from modules.adapters import AdapterError, adapter_state, load_adapter_state
 
 
-def adapter_identity(method: str, task: str, model: str, config: Any) -> dict[str, Any]:
+def adapter_identity(task: str, model: str, config: Any) -> dict[str, Any]:
     """What has to be the same in the run that saves an adapter and in the one that reads it."""
-    same = {"method": method, "task": task, "model": model} | asdict(config)
+    same = {"method": config.method, "task": task, "model": model} | asdict(config)
     del same["dropout"]
     return same
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from datasets import Share
 from finetune.early_stopping import EarlyStopper
+from finetune.memory import describe_memory
 from finetune.runtime import RunError, Runtime
 from modules.adapters import count_parameters
 
@@ -30,8 +31,11 @@ class Batches(Protocol):
 
     unit: str  # what an example is called
     n_examples: int
+    batch_size: int  # of all processes
 
     def __len__(self) -> int: ...
+
+    def longest(self, n: int) -> Batch: ...
 
     def epoch(self, number: int) -> Iterator[tuple[Batch, Share]]: ...
 
@@ -95,6 +99,8 @@ def fit(
     epoch the best so far; `log(values, step)` gets the losses and metrics after each epoch, and
     the running loss once a second. Raises RunError where a loss is not finite.
     """
+    batch_size = train_batches.batch_size // runtime.world_size
+    print(describe_memory(model, loss_function, train_batches.longest, batch_size, runtime))
     updater = Updater(model, loss_function, config, len(train_batches), runtime)
     history, throughput = [], Throughput()
     for epoch in range(config.epochs):

@@ -23,7 +23,7 @@ INK, BEST = "#333333", "#d62728"
 
 
 def write_paraphrase_record(
-    stem: Path,
+    folder: Path,
     arguments: dict[str, Any],
     adapter: Any,
     fitted: Fitted,
@@ -31,36 +31,30 @@ def write_paraphrase_record(
     dev: TokenizedPairs,
     logits: Tensor,
     tokenizer: "PreTrainedTokenizerFast",
-) -> dict[str, Path]:
-    """Write `stem`-metrics.json with the surest mistakes and `stem`-report.png; their paths."""
-    files = _record_files(stem)
+) -> dict[str, Any]:
+    """Write metrics, with the surest mistakes, and report; returns what to tell of them."""
+    files = _record_files(folder, adapter.method, "paraphrase")
     mistakes = surest_mistakes(logits, dev, tokenizer)
     write_metrics(files["metrics"], arguments, adapter, fitted, final, surest_mistakes=mistakes)
     metrics = {"dev_accuracy": "accuracy", "dev_macro_f1": "macro F1"}
     answers = dev.labels, logits.argmax(1).numpy()
     write_report(files["report"], fitted.history, metrics, "dev_accuracy", answers)
-    return files
+    return fitted.measured | files
 
 
 def write_sonnet_record(
-    stem: Path,
-    arguments: dict[str, Any],
-    adapter: Any,
-    fitted: Fitted,
-    final: dict[str, Any],
-) -> dict[str, Path]:
-    """Write `stem`-metrics.json and `stem`-report.png; returns their paths."""
-    files = _record_files(stem)
+    folder: Path, arguments: dict[str, Any], adapter: Any, fitted: Fitted, final: dict[str, Any]
+) -> dict[str, Any]:
+    """Write metrics and report; returns what to tell of them."""
+    files = _record_files(folder, adapter.method, "sonnet")
     write_metrics(files["metrics"], arguments, adapter, fitted, final)
     write_report(files["report"], fitted.history, {"dev_chrf": "dev chrF"}, "val_loss")
-    return files
+    return fitted.measured | files
 
 
-def _record_files(stem: Path) -> dict[str, Path]:
-    return {
-        "metrics": stem.with_name(f"{stem.name}-metrics.json"),
-        "report": stem.with_name(f"{stem.name}-report.png"),
-    }
+def _record_files(folder: Path, method: str, task: str) -> dict[str, Path]:
+    names = {"metrics": "metrics.json", "report": "report.png"}
+    return {what: folder / f"{method}-{task}-{name}" for what, name in names.items()}
 
 
 def write_report(

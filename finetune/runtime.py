@@ -58,6 +58,11 @@ class Runtime:
         """Is this the process that prints and writes?"""
         return self.rank == 0
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank, number of processes."""
+        return self.rank, self.world_size
+
     def mine(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that are dealt out to this process, every `world_size`-th."""
         return items[self.rank :: self.world_size]
@@ -97,13 +102,17 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def prepare(self, model: nn.Module, compile: bool) -> None:
-        """Bring the model to the device, compile it if wanted, and say how large it is.
+    def prepare(
+        self, model: nn.Module, compile: bool = False, gradient_checkpointing: bool = False
+    ) -> None:
+        """Bring the model to the device, with what is wanted of it, and say how large it is.
 
         The frozen matrices go to the autocast type once and for all, which changes no result:
         autocast would round them the same way in every forward.
         """
         for layer in model.modules():
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.gradient_checkpointing = gradient_checkpointing
             if self.autocast_dtype and isinstance(layer, Linear) and not layer.weight.requires_grad:
                 for frozen in (layer.weight, layer.bias):
                     frozen.data = frozen.data.to(self.autocast_dtype)

@@ -105,10 +105,9 @@ class GPT2Model(nn.Module):
         tokens of each row that ReFT may count as its prompt, by default all the real ones.
         """
         T, past = input_ids.shape[1], cache.length if cache else 0
-        if position_ids is None and past + T > self.config.n_positions:
-            raise ValueError(
-                f"{past + T} tokens given, the model has {self.config.n_positions} positions"
-            )
+        room = self.config.n_positions
+        if position_ids is None and past + T > room:
+            raise ValueError(f"{past + T} tokens given, the model has {room} positions")
         if past and T > 1:
             right_padded = False  # the causal kernel takes the first query for position 0
             if attention_mask is None:
@@ -126,12 +125,12 @@ class GPT2Model(nn.Module):
         edited = self._edited(input_ids, attention_mask, position_ids, prompt_lengths, past)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
         last, only = _last_position(input_ids, mask), None  # [B,1,1]
-        anew = self.gradient_checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.gpt_layers):
-            run = partial(checkpoint, layer, use_reentrant=False) if anew else layer
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)  # noqa: PLW2901
             if last_only and T > 1 and i + 1 == len(self.gpt_layers):
                 only, visible = last, _visible_to(last, visible, T)
-            h = run(h, visible, cache.layers[i] if cache else None, edited, only)
+            h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
         h = self.final_layer_norm(h)
         if last_only and h.shape[1] == 1:
             return {"last_token": h[:, 0]}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
 class LoRAConfig:
     """Which linear layers get an adapter, and its rank, scale alpha/rank and dropout."""
 
+    method: ClassVar[str] = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.1

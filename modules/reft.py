@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> the place
 class ReFTConfig:
     """Which intervention is put where, and its size."""
 
+    method: ClassVar[str] = "reft"
     type: str = "adapter"
     rank: int = 4
     alpha: float = 16.0  # `adapter` alone is scaled, by alpha/rank

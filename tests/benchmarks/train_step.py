@@ -99,7 +99,6 @@ def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
         return PeftParaphrase(folder, answers, args.rank)
     gpt = load_gpt2(folder)
     add_lora(gpt, LoRAConfig(rank=args.rank))
-    gpt.gradient_checkpointing = args.gradient_checkpointing and name == OURS
     if name == PLAIN:
         return PlainParaphrase(gpt, answers)
     return SonnetGPT(gpt) if args.task == "sonnet" else ParaphraseGPT(gpt, answers)
@@ -154,7 +153,7 @@ def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Ca
     seed_everything(0)
     model = make_model(args, folder, name)
     if name == OURS:
-        runtime.prepare(model, args.compile)
+        runtime.prepare(model, args.compile, args.gradient_checkpointing)
     model.to(runtime.device).train()
     loss = sonnet_loss if args.task == "sonnet" else paraphrase_loss
     updater = Updater(model, loss, FitConfig(lr=1e-4, weight_decay=0.0), 1, runtime)
