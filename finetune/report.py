@@ -78,7 +78,8 @@ def write_report(
     _draw_curves(panels[1], " and ".join(metrics.values()), history, metrics, decisive)
     if answers:
         _draw_counts(panels[2], *answers)
-    title = f"{path.stem.removesuffix('-report')}, {len(history)} epochs"
+    epochs = "1 epoch" if len(history) == 1 else f"{len(history)} epochs"
+    title = f"{path.stem.removesuffix('-report')}, {epochs}"
     figure.suptitle(title, fontsize=11, color=INK)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
@@ -97,7 +98,8 @@ def _draw_curves(
         panel.plot(best, value, "*", ms=13, color=BEST, label=f"best: {value:.4g}")
     panel.set_title(title, fontsize=10)
     panel.set_xlabel("epoch", fontsize=9)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlim(0.6, epochs[-1] + 0.4)
+    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, framealpha=0.8)

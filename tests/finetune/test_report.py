@@ -56,6 +56,9 @@ def test_a_run_of_one_epoch_has_a_report_too(tmp_path, drawn):
     write_report(tmp_path / "a-report.png", history, {"dev_chrf": "dev chrF"}, "val_loss")
     losses, metric = drawn[0].axes
     assert list(losses.lines[-1].get_ydata()) == [4.4]
+    low, high = losses.get_xlim()
+    assert [tick for tick in losses.get_xticks() if low < tick < high] == [1]
+    assert drawn[0].get_suptitle() == "a, 1 epoch"
     assert [text.get_text() for text in metric.legend_.texts] == ["dev chrF"]
 
 
