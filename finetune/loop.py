@@ -152,7 +152,8 @@ class Updater:
         modules = (m for m in model.modules() if hasattr(m, "after_step"))
         self.constrained = list(modules)
         self.steps = 0
-        self.scaler = torch.amp.GradScaler(enabled=runtime.autocast_dtype == torch.float16)
+        half = runtime.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
 
     def backward(
         self, batch: Batch, weight: float = 1.0, n_accumulated: int = 1, is_last: bool = True

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from datasets import Share
+from datasets import Share, SonnetBatches, TokenizedSonnet
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
-from finetune.loop import FitConfig, fit, lr_factor
+from finetune.loop import FitConfig, Updater, fit, lr_factor
 from finetune.runtime import RunError, Runtime
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.lora import LoRAConfig, add_lora
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -168,3 +170,33 @@ def test_a_module_that_holds_its_weights_to_a_constraint_mends_them_after_every_
     nn.init.zeros_(model.weight)
     run([[1.0]] * 4, model=model, grad_accum=2, epochs=2)
     assert model.weight.item() == pytest.approx(0.15)  # four steps of 0.1 without the constraint
+
+
+def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
+    """As on GPUs without bfloat16; the CPU has the same autocast and GradScaler."""
+    runtime = Runtime(torch.device("cpu"), torch.float16)
+    add_lora(gpt, LoRAConfig(rank=2))
+    model = SonnetGPT(gpt)
+    runtime.prepare(model)
+    poems = [TokenizedSonnet([*range(i, i + 20), 100], 6) for i in range(8)]
+    batch, _ = next(SonnetBatches(poems, 8, seed=0).epoch(0))
+    factors = iter([1.0] * 20 + [1e38])
+    updater = Updater(
+        model.train(),
+        lambda m, b: sonnet_loss(m, b) * next(factors),
+        FitConfig(lr=0.01),
+        1,
+        runtime,
+    )
+    losses = []
+    for _ in range(20):
+        losses.append(updater.backward(batch).item())
+        updater.step()
+    assert losses[-1] < 0.9 * losses[0]
+    assert gpt.gpt_layers[0].out_dense.weight.dtype == torch.float16
+    assert {p.dtype for p in updater.trainable} == {torch.float32}
+    before, scale = [p.clone() for p in updater.trainable], updater.scaler.get_scale()
+    updater.backward(batch)
+    updater.step()
+    assert updater.scaler.get_scale() == scale / 2
+    assert all(torch.equal(p, was) for p, was in zip(updater.trainable, before, strict=True))
