@@ -127,7 +127,7 @@ class GPT2Model(nn.Module):
         last, only = _last_position(input_ids, mask), None  # [B,1,1]
         for i, layer in enumerate(self.gpt_layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)  # noqa: PLW2901
+                layer = partial(checkpoint, layer, use_reentrant=False)
             if last_only and T > 1 and i + 1 == len(self.gpt_layers):
                 only, visible = last, _visible_to(last, visible, T)
             h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
