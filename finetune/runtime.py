@@ -222,7 +222,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         _fail(f"out of memory: {LESS_MEMORY}; what was saved before is whole")
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()  # until process 0 has written everything
+        sys.stdout.flush()
+        # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter
+        # while it shuts down: leave without that.
+        os._exit(0)
 
 
 def _fail(reason: str) -> None:
