@@ -10,7 +10,6 @@ import argparse
 from datasets import PairBatches, answer_ids, load_pairs
 from finetune.arguments import (
     DEMO_PAIRS,
-    adapter_checkpoint,
     add_fit_arguments,
     add_lora_arguments,
     add_model_arguments,
@@ -20,14 +19,16 @@ from finetune.arguments import (
     config_from,
     make_parser,
     parse_args,
+    run_files,
 )
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.ending import run
 from finetune.loop import FitConfig, fit
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
 from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
 from finetune.report import tensorboard_log, write_paraphrase_record
-from finetune.runtime import make_runtime, run, seed_everything
+from finetune.runtime import make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_pretrained
 from modules.lora import LoRAConfig
@@ -46,7 +47,7 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    runtime = make_runtime(args.use_gpu, args.precision)
+    runtime = make_runtime(args.use_gpu, args.precision, args.deterministic)
     seed_everything(args.seed)
 
     # Load
@@ -59,7 +60,7 @@ def main() -> None:
     lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
     model = ParaphraseGPT(gpt, answer_ids(tokenizer))
     runtime.prepare(model, args.compile, args.gradient_checkpointing)
-    checkpoint = adapter_checkpoint(args, "paraphrase", lora, model, runtime)
+    checkpoint, unfinished = run_files(args, "paraphrase", lora, model, runtime)
 
     # Fit
     def score() -> dict[str, float]:
@@ -71,7 +72,9 @@ def main() -> None:
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
         keep = checkpoint.save
-        fitted = fit(model, paraphrase_loss, batches, score, keep, config, stopper, runtime, log)
+        fitted = fit(
+            model, paraphrase_loss, batches, score, keep, config, stopper, runtime, unfinished, log
+        )
 
     # Predict
     imported = args.import_peft if args.predict_only else None
@@ -93,6 +96,8 @@ def main() -> None:
         files = record | files
     exports = args.export_peft, args.export_merged
     files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
+    if unfinished:
+        unfinished.remove()
     print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))
 
 

@@ -10,7 +10,6 @@ import argparse
 from datasets import SonnetBatches, load_sonnets
 from finetune.arguments import (
     DEMO_SONNETS,
-    adapter_checkpoint,
     add_fit_arguments,
     add_lora_arguments,
     add_model_arguments,
@@ -21,13 +20,15 @@ from finetune.arguments import (
     config_from,
     make_parser,
     parse_args,
+    run_files,
 )
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.ending import run
 from finetune.loop import FitConfig, fit
 from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
 from finetune.report import tensorboard_log, write_sonnet_record
-from finetune.runtime import make_runtime, run, seed_everything
+from finetune.runtime import make_runtime, seed_everything
 from finetune.sampling import Poet, SamplingConfig
 from finetune.sonnet_metrics import SonnetScorer
 from models.pretrained import load_pretrained
@@ -50,7 +51,7 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    runtime = make_runtime(args.use_gpu, args.precision)
+    runtime = make_runtime(args.use_gpu, args.precision, args.deterministic)
     seed_everything(args.seed)
 
     # Load
@@ -63,7 +64,7 @@ def main() -> None:
     lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
     model = SonnetGPT(gpt)
     runtime.prepare(model, args.compile, args.gradient_checkpointing)
-    checkpoint = adapter_checkpoint(args, "sonnet", lora, model, runtime)
+    checkpoint, unfinished = run_files(args, "sonnet", lora, model, runtime)
     poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
     score = SonnetScorer(model, poet, data)
 
@@ -79,7 +80,9 @@ def main() -> None:
         stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
         log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
         config = config_from(FitConfig, args)
-        fitted = fit(model, sonnet_loss, batches, score, keep, config, stopper, runtime, log)
+        fitted = fit(
+            model, sonnet_loss, batches, score, keep, config, stopper, runtime, unfinished, log
+        )
 
     # Predict
     imported = args.import_peft if args.predict_only else None
@@ -97,6 +100,8 @@ def main() -> None:
         files = record | files
     exports = args.export_peft, args.export_merged
     files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
+    if unfinished:
+        unfinished.remove()
     print(format_table(sonnet_table(best["epoch"], final) | files))
 
 

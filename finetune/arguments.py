@@ -1,6 +1,7 @@
 """Command-line flags: groups that the scripts share, and the dataclasses made of them."""
 
 import argparse
+import hashlib
 import math
 import os
 import re
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from datasets import GIVEN_LINES
-from finetune.checkpoint import AdapterCheckpoint, adapter_identity
+from finetune.checkpoint import AdapterCheckpoint, ResumeFile, adapter_identity
 from finetune.early_stopping import EarlyStoppingConfig
+from finetune.files import claim
 from finetune.loop import SCHEDULES, FitConfig
+from finetune.report import record_files
 from finetune.runtime import PRECISIONS, Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
@@ -25,6 +28,11 @@ from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, Positions, ReFTC
 Config = TypeVar("Config")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
+INPUTS = (
+    *("para_train", "para_dev", "para_test"),
+    *("sonnet_path", "held_out_sonnet_path", "dev_sonnet_path", "dev_gold_path"),
+)
+OUTPUTS = ("para_dev_out", "para_test_out", "sonnet_out")
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr_schedule": "linear", "warmup_ratio": 0.1}
 DEMO_PAIRS = DEMO | {
     "para_train": DATA / "sample-pairs-train.csv",
@@ -45,14 +53,6 @@ def in_project(path: str) -> Path:
     return Path(os.path.relpath(ROOT / path))
 
 
-def unused_folder(text: str) -> Path:
-    """Type of a flag that takes a folder to be made."""
-    path = Path(text)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise argparse.ArgumentTypeError(f"{text!r} is there already and not an empty folder")
-    return path
-
-
 def not_for_reft(text: str) -> Path:
     """Type of the flags that a ReFT run cannot serve."""
     raise argparse.ArgumentTypeError(
@@ -60,13 +60,15 @@ def not_for_reft(text: str) -> Path:
     )
 
 
-def whole(minimum: int) -> Callable[[str], int]:
-    """Type of a flag that takes a whole number of `minimum` or more."""
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Type of a flag that takes a whole number from `least` to `most`."""
 
     def convert(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {minimum} or more")
-        return int(text)
+        value = int(text) if text.isdecimal() and len(text) < 20 else -1
+        if not least <= value <= most:
+            allowed = f"of {least} or more" if value < least else f"of {most} or less"
+            raise argparse.ArgumentTypeError(f"{text[:99]!r} is not a whole number {allowed}")
+        return value
 
     return convert
 
@@ -150,13 +152,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     help = "torch.compile the model: a minute or two to start, for long runs on GPUs"
     group.add_argument("--compile", action="store_true", help=help)
     help = "decides the adapter's start, order, dropout and samples [%(default)s]"
-    group.add_argument("--seed", type=whole(0), default=11711, metavar="N", help=help)
+    group.add_argument("--seed", type=whole(0, 2**32 - 1), default=11711, metavar="N", help=help)
     help = "only the first N training examples [all]"
     group.add_argument("--limit_train", type=whole(1), metavar="N", help=help)
     help = "only the first N of dev and test [all]"
     group.add_argument("--limit_dev", type=whole(1), metavar="N", help=help)
     help = "no training: predict with the adapter that the same command trained"
     group.add_argument("--predict_only", action="store_true", help=help)
+    help = "go on with the run of the same command that was stopped"
+    group.add_argument("--resume", action="store_true", help=help)
+    help = "steps from one save of where the run stands to the next, 0 is after each epoch"
+    flag(group, FitConfig, "save_every", help, type=whole(0))
+    help = "on a GPU, the same bits in every run: slower"
+    group.add_argument("--deterministic", action="store_true", help=help)
+    help = "show where in the code an error came from, too"
+    group.add_argument("--debug", action="store_true", help=help)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, method: str) -> None:
@@ -173,7 +183,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     if method == "lora":
         help = "start from a PEFT adapter, which decides rank, alpha, targets and layers"
         group.add_argument("--import_peft", type=Path, metavar="FOLDER", help=help)
-    new = unused_folder if method == "lora" else not_for_reft
+    new = Path if method == "lora" else not_for_reft
     help = "write the best epoch as a PEFT adapter" if method == "lora" else argparse.SUPPRESS
     group.add_argument("--export_peft", type=new, metavar="FOLDER", help=help)
     help = "write base and LoRA as one checkpoint" if method == "lora" else argparse.SUPPRESS
@@ -306,11 +316,42 @@ def parse_args(parser: argparse.ArgumentParser, demo: dict[str, Any]) -> argpars
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**demo)
     args = parser.parse_args()
+    fault = _contradiction(args, parser.get_default)
+    if fault:
+        parser.error(fault)
+    return args
+
+
+def _contradiction(args: argparse.Namespace, default: Callable[[str], Any]) -> str | None:
+    """What is wrong with flags that are right one by one."""
+    if args.predict_only and args.resume:
+        return "--resume beside --predict_only, which trains nothing"
     if getattr(args, "import_peft", None):
         for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name} beside --import_peft, whose folder decides it")
-    return args
+            if getattr(args, name) != default(name):
+                return f"--{name} beside --import_peft, whose folder decides it"
+    if getattr(args, "greedy", False) and args.num_samples > 1:
+        return "--num_samples beside --greedy, which writes the same poem each time"
+    if getattr(args, "min_lines", 0) > getattr(args, "max_lines", 0):
+        return f"--min_lines {args.min_lines} is more than --max_lines {args.max_lines}"
+    taken = {os.path.realpath(path): name for name, path in _files(args, INPUTS).items()}
+    for name, path in _files(args, OUTPUTS).items():
+        other = taken.setdefault(os.path.realpath(path), name)
+        if other != name:
+            return f"--{name} and --{other} are the same file, {path}"
+    for name in ("export_peft", "export_merged"):
+        folder = getattr(args, name, None)
+        if folder and not args.resume and not _is_free(folder):  # resumed, it may be its own
+            return f"--{name}: {str(folder)!r} is there already and not an empty folder"
+    return None
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _files(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Path]:
+    return {name: getattr(args, name) for name in names if getattr(args, name, None)}
 
 
 def config_from(kind: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
@@ -319,11 +360,38 @@ def config_from(kind: type[Config], args: argparse.Namespace, prefix: str = "") 
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def adapter_checkpoint(
+def run_files(
     args: argparse.Namespace, task: str, adapter: Any, model: nn.Module, runtime: Runtime
-) -> AdapterCheckpoint:
-    """`<checkpoint_dir>/{lora,reft}-{model}-{epochs}-{lr}-{rank}-{task}.pt`."""
+) -> tuple[AdapterCheckpoint, ResumeFile | None]:
+    """`<checkpoint_dir>/{lora,reft}-{model}-{epochs}-{lr}-{rank}-{task}.pt`; for one that trains,
+    `....resume.pt` too.
+
+    Has them and the run's other files for this run alone; raises OSError where another has one.
+    """
     model_name = args.model_path.resolve().name if args.model_path else args.model_size
-    name = f"{adapter.method}-{model_name}-{args.epochs}-{args.lr}-{adapter.rank}-{task}.pt"
+    name = f"{adapter.method}-{model_name}-{args.epochs}-{args.lr}-{adapter.rank}-{task}"
     about = adapter_identity(task, model_name, adapter)
-    return AdapterCheckpoint(args.checkpoint_dir / name, model, about, runtime)
+    path = args.checkpoint_dir / f"{name}.pt"
+    if runtime.is_main:
+        outputs = _files(args, OUTPUTS).values()
+        record = record_files(next(iter(outputs)).parent, adapter.method, task)
+        claim([path, *outputs, *record.values()])
+    unfinished = None
+    if not args.predict_only:
+        resume = path.with_suffix(".resume.pt")
+        unfinished = ResumeFile.open(resume, _decisive(args, runtime), args.resume, runtime)
+    return AdapterCheckpoint(path, model, about, runtime), unfinished
+
+
+def _decisive(args: argparse.Namespace, runtime: Runtime) -> dict[str, str]:
+    """All flags that a run's files depend on, and what the files given by them hold."""
+    decisive = {}
+    for name, value in vars(args).items():
+        if name not in ("resume", "predict_only", "save_every", "debug", "tensorboard"):
+            value = os.path.realpath(value) if isinstance(value, Path) else value
+            decisive[f"--{name}"] = str(value)
+    for name, path in _files(args, INPUTS).items():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        decisive[f"in the file of --{name} the SHA-256"] = digest
+    decisive["the number of processes"] = str(runtime.world_size)
+    return decisive

@@ -32,6 +32,16 @@ class EarlyStopper:
         self.best = max(self.best, value) if is_best else self.best
         return is_best
 
+    def state(self) -> dict[str, float]:
+        """What `update` changes."""
+        return {name: getattr(self, name) for name in ("best", "reference", "waited")}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Stand where `state` was taken."""
+        self.best, self.reference, self.waited = (
+            state[name] for name in ("best", "reference", "waited")
+        )
+
     @property
     def should_stop(self) -> bool:
         """True once `patience` epochs have passed without a gain of `min_improvement`."""

@@ -16,7 +16,8 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from datasets import DataError, read_pairs
-from finetune.runtime import RunError, run
+from finetune.ending import run
+from finetune.runtime import RunError
 from models.gpt2 import SIZES
 from models.pretrained import find_checkpoint, load_config, load_tokenizer
 
@@ -144,4 +145,4 @@ def _receive(url: str, part: Path, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on where it stopped")

@@ -1,10 +1,11 @@
-"""The training loop: accumulation, schedule, a dev pass an epoch, early stopping."""
+"""The training loop: accumulation, schedule, a dev pass an epoch, early stopping, resuming."""
 
 import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Share
+from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
+from finetune.ending import Interrupted, held_signals
 from finetune.memory import describe_memory
-from finetune.runtime import RunError, Runtime
-from modules.adapters import count_parameters
+from finetune.runtime import STEADIER, RunError, Runtime, random_state, set_random_state
+from modules.adapters import count_parameters, load_adapter_state
 
 Batch = dict[str, Tensor]
 
@@ -51,15 +54,60 @@ class FitConfig:
     grad_clip: float = 0.0  # largest gradient norm, 0 is off
     lr_schedule: str = "constant"
     warmup_ratio: float = 0.0
+    save_every: int = 500  # steps from one save of the run's state to the next, 0 is epochs alone
 
 
 @dataclass
-class Throughput:
-    """What was trained on, and how long that took without the dev passes."""
+class Progress:
+    """Where a process's training stands after an optimizer step."""
 
-    seconds: float = 0.0
-    examples: int = 0
+    epoch: int = 0  # the one in training, from 0
+    batches: int = 0  # of it, as all of the following down to `tokens`
+    examples: int = 0  # of all processes
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0  # of the losses in it
     tokens: int = 0  # real ones, padding not counted
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch
+    seconds: float = 0.0  # without the dev passes
+    all_examples: int = 0
+    all_tokens: int = 0  # of all processes
+    random: dict[str, Any] = field(default_factory=dict)  # the generators' states
+    unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # step, weight, loss
+
+    def add(self, step: int, group: list[tuple[Tensor, Share, int]], runtime: Runtime) -> None:
+        """Count the batches of an optimizer step: loss, share and tokens of each."""
+        for loss, share, tokens in group:
+            self.batches += 1
+            self.examples += share.n_examples
+            self.tokens += tokens
+            self.unread.append((step, share.n_examples * share.weight, loss))
+        self.random = random_state(runtime.device)
+
+    def read_losses(self, skip: bool) -> float:
+        """Sum up the losses that are on the device still, since each reading makes a GPU wait.
+
+        Returns the mean. A loss that is not finite is left out with `skip`, else it is a RunError.
+        """
+        steps, weights, losses = zip(*self.unread, strict=True) if self.unread else ((), (), ())
+        values = torch.stack(losses).tolist() if losses else []
+        self.unread.clear()
+        for step, weight, loss in zip(steps, weights, values, strict=True):
+            if math.isfinite(loss):
+                self.loss_sum += weight * loss
+                self.weight_sum += weight
+            elif not skip:
+                raise RunError(f"step {step}: the training loss is {loss}: {STEADIER}")
+        return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain values and tensors, once the losses are read."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unread"}
+
+    def next_epoch(self) -> None:
+        """Stand at the start of the next epoch."""
+        self.epoch += 1
+        self.batches = self.examples = self.tokens = 0
+        self.loss_sum = self.weight_sum = 0.0
 
     def summary(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
         """Sizes, rates and memory, as the metrics file names them."""
@@ -68,8 +116,8 @@ class Throughput:
             "trainable_parameters": trainable,
             "total_parameters": total,
             "train_seconds": round(self.seconds, 2),
-            "examples_per_second": round(self.examples / self.seconds, 2),
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "examples_per_second": round(self.all_examples / self.seconds, 2),
+            "tokens_per_second": round(self.all_tokens / self.seconds, 1),
             "peak_memory_mb": round(runtime.peak_memory_mb(), 1),
             "processes": runtime.world_size,
         }
@@ -91,41 +139,62 @@ def fit(
     config: FitConfig,
     stopper: EarlyStopper,
     runtime: Runtime,
+    unfinished: ResumeFile | None = None,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
 ) -> Fitted:
-    """Train what requires a gradient.
+    """Train what requires a gradient, from the start or from where `unfinished` stands.
 
     `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
     epoch the best so far; `log(values, step)` gets the losses and metrics after each epoch, and
-    the running loss once a second. Raises RunError where a loss is not finite.
+    the running loss once a second. Raises RunError where a loss or a weight is not finite.
     """
     batch_size = train_batches.batch_size // runtime.world_size
     print(describe_memory(model, loss_function, train_batches.longest, batch_size, runtime))
     updater = Updater(model, loss_function, config, len(train_batches), runtime)
-    history, throughput = [], Throughput()
-    for epoch in range(config.epochs):
+    progress = Progress()
+
+    def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
+        nonlocal progress
+        progress = Progress(**own)
+        if runtime.world_size > 1:  # DistributedDataParallel orders gradients by the first pass
+            updater.backward(train_batches.longest(1))
+        updater.load_state(common["updater"])
+        stopper.load_state(common["stopper"])
+        set_random_state(progress.random, runtime.device)
+
+    def save() -> None:
+        progress.read_losses(skip=updater.scaler.is_enabled())
+        if unfinished:
+            common = {"updater": updater.state(), "stopper": stopper.state()}
+            unfinished.save(common, progress.plain())
+
+    if unfinished and unfinished.restore(go_on):
+        print(f"going on after step {updater.steps:,}, in epoch {progress.epoch + 1}")
+
+    while progress.epoch < config.epochs and not stopper.should_stop:
         model.train()
-        title = f"epoch {epoch + 1}/{config.epochs}"
-        train_loss = _train_epoch(updater, train_batches, epoch, title, throughput, log)
-        metrics = evaluate() if math.isfinite(train_loss) else {}
-        if not metrics or not all(map(math.isfinite, metrics.values())):
-            raise RunError(
-                f"{title}: training loss {train_loss}, dev metrics {metrics}: a loss is not "
-                "finite, try a lower --lr"
-            )
+        title = f"epoch {progress.epoch + 1}/{config.epochs}"
+        train_loss = _train_epoch(updater, train_batches, progress, title, save, log)
+        metrics = evaluate()
+        if not all(map(math.isfinite, metrics.values())):
+            raise RunError(f"{title}: the dev metrics are {metrics}: {STEADIER}")
         is_best = stopper.update(metrics)
-        record = {"epoch": epoch + 1, "train_loss": train_loss, **metrics, "is_best": is_best}
-        history.append(record)
+        record = {"epoch": progress.epoch + 1, "train_loss": train_loss, **metrics}
+        if updater.scaler.is_enabled():
+            record["skipped_steps"] = updater.skipped_steps
+        record["is_best"] = is_best
+        progress.history.append(record)
         losses = {name: value for name, value in record.items() if isinstance(value, float)}
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         print(f"{title}: {shown}{' (best)' if is_best else ''}")
         log(losses, updater.steps)
         if is_best:
             save_best(record)
+        progress.next_epoch()
+        save()
         if stopper.should_stop:
             print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")
-            break
-    return Fitted(history, throughput.summary(model, runtime))
+    return Fitted(progress.history, progress.summary(model, runtime))
 
 
 class Updater:
@@ -139,7 +208,8 @@ class Updater:
         batches_per_epoch: int,
         runtime: Runtime,
     ):
-        self.model, self.loss_function = runtime.parallel(model), loss_function
+        self.bare_model, self.model = model, runtime.parallel(model)
+        self.loss_function = loss_function
         self.config, self.runtime = config, runtime
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -183,6 +253,31 @@ class Updater:
         self.schedule.step()
         self.steps += 1
 
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors: the adapter and all that a step changes."""
+        return {
+            "adapter": finite_adapter(self.bare_model),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.steps,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Stand where `state` was taken."""
+        load_adapter_state(self.bare_model, state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.optimizer.zero_grad()
+        self.steps = state["steps"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that the loss scaler left out since a gradient had overflowed."""
+        taken = self.optimizer.state.get(self.trainable[0], {}).get("step", 0)
+        return self.steps - int(taken)
+
 
 def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], float]:
     """Factor of the learning rate at a step: a straight warm-up, then the schedule."""
@@ -200,36 +295,57 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
 def _train_epoch(
     updater: Updater,
     train_batches: Batches,
-    epoch: int,
+    progress: Progress,
     title: str,
-    throughput: Throughput,
+    save: Callable[[], None],
     log: Callable[[dict[str, float], int], None],
 ) -> float:
-    """One pass over the data; returns the mean training loss of its examples."""
-    started = shown = time.perf_counter()
-    loss_sum, examples, tokens, n_batches = 0.0, 0, 0, len(train_batches)
-    grad_accum, runtime = updater.config.grad_accum, updater.runtime
-    total, unit = train_batches.n_examples, train_batches.unit
-    with tqdm(total=total, desc=title, unit=unit, disable=not runtime.is_main) as bar:
-        for i, (batch, share) in enumerate(train_batches.epoch(epoch)):
-            in_group = min(grad_accum, n_batches - i // grad_accum * grad_accum)
-            is_last = i % grad_accum == in_group - 1
+    """The rest of an epoch; returns the mean training loss of its examples.
+
+    Saves every so many steps, at the end, and when a signal asks the run to end.
+    """
+    config, runtime, n_batches = updater.config, updater.runtime, len(train_batches)
+    accum = config.grad_accum
+    skip = updater.scaler.is_enabled()
+    counted = shown = time.perf_counter()
+    group: list[tuple[Tensor, Share, int]] = []  # what the next step is made of
+    batches = islice(train_batches.epoch(progress.epoch), progress.batches, None)
+    bar = tqdm(
+        total=train_batches.n_examples,
+        initial=progress.examples,
+        desc=title,
+        unit=train_batches.unit,
+        disable=not runtime.is_main,
+    )
+    with bar, held_signals() as signal_came:
+        for i, (batch, share) in enumerate(batches, progress.batches):
+            in_group = min(accum, n_batches - i // accum * accum)
+            is_last = i % accum == in_group - 1
             loss = updater.backward(batch, share.weight, in_group, is_last)
-            loss_sum = loss_sum + share.n_examples * share.weight * loss  # stays on the device
+            tokens = int(batch["attention_mask"].sum()) if share.weight else 0
+            group.append((loss, share, tokens))
+            bar.update(share.n_examples)
+            now = time.perf_counter()
             if is_last:
                 updater.step()
-            examples += share.n_examples
-            tokens += int(batch["attention_mask"].sum()) if share.weight else 0
-            bar.update(share.n_examples)
-            if time.perf_counter() - shown > 1:  # reading the loss makes a GPU wait
-                running = float(loss_sum) * runtime.world_size / examples
-                bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-                log({"running_train_loss": running}, updater.steps)
-                shown = time.perf_counter()
-        loss_sums, tokens = zip(*runtime.gather([(float(loss_sum), tokens)]), strict=True)
-        train_loss = sum(loss_sums) / examples
-        bar.set_postfix(loss=f"{train_loss:.4f}")
-    throughput.seconds += time.perf_counter() - started
-    throughput.examples += examples
-    throughput.tokens += sum(tokens)
-    return train_loss
+                progress.add(updater.steps, group, runtime)
+                progress.seconds, counted, group = progress.seconds + now - counted, now, []
+                if config.save_every and updater.steps % config.save_every == 0:
+                    save()
+            if signum := runtime.largest(signal_came()):
+                save()
+                raise Interrupted(signum)
+            if now - shown > 1:
+                if math.isfinite(running := progress.read_losses(skip)):
+                    bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+                    log({"running_train_loss": running}, updater.steps)
+                shown = now
+        save()
+        sums = runtime.gather([(progress.loss_sum, progress.weight_sum, progress.tokens)])
+        loss_sum, weight_sum, tokens = map(sum, zip(*sums, strict=True))
+        if not weight_sum:
+            raise RunError(f"{title}: the loss of every batch overflows: {STEADIER}")
+        bar.set_postfix(loss=f"{loss_sum / weight_sum:.4f}")
+    progress.all_examples += progress.examples
+    progress.all_tokens += tokens
+    return loss_sum / weight_sum

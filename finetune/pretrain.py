@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from datasets import DataError
 from finetune.arguments import number, whole
-from finetune.runtime import Runtime, make_runtime, run, seed_everything
+from finetune.ending import run
+from finetune.runtime import Runtime, make_runtime, seed_everything
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import save_gpt2
 
@@ -219,4 +220,4 @@ def held_out_loss(model: GPT2Model, tokens: np.ndarray, batch_size: int, runtime
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "")

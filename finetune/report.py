@@ -33,7 +33,7 @@ def write_paraphrase_record(
     tokenizer: "PreTrainedTokenizerFast",
 ) -> dict[str, Any]:
     """Write metrics, with the surest mistakes, and report; returns what to tell of them."""
-    files = _record_files(folder, adapter.method, "paraphrase")
+    files = record_files(folder, adapter.method, "paraphrase")
     mistakes = surest_mistakes(logits, dev, tokenizer)
     write_metrics(files["metrics"], arguments, adapter, fitted, final, surest_mistakes=mistakes)
     metrics = {"dev_accuracy": "accuracy", "dev_macro_f1": "macro F1"}
@@ -46,13 +46,14 @@ def write_sonnet_record(
     folder: Path, arguments: dict[str, Any], adapter: Any, fitted: Fitted, final: dict[str, Any]
 ) -> dict[str, Any]:
     """Write metrics and report; returns what to tell of them."""
-    files = _record_files(folder, adapter.method, "sonnet")
+    files = record_files(folder, adapter.method, "sonnet")
     write_metrics(files["metrics"], arguments, adapter, fitted, final)
     write_report(files["report"], fitted.history, {"dev_chrf": "dev chrF"}, "val_loss")
     return fitted.measured | files
 
 
-def _record_files(folder: Path, method: str, task: str) -> dict[str, Path]:
+def record_files(folder: Path, method: str, task: str) -> dict[str, Path]:
+    """Where a run's metrics and report go."""
     names = {"metrics": "metrics.json", "report": "report.png"}
     return {what: folder / f"{method}-{task}-{name}" for what, name in names.items()}
 
@@ -129,9 +130,11 @@ def tensorboard_log(
         return lambda values, step: None
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / name)
+    writer = None
 
     def log(values: dict[str, float], step: int) -> None:
+        nonlocal writer  # made now: what a stopped run logged after this step is taken back
+        writer = writer or SummaryWriter(folder / name, purge_step=step)
         for key, value in values.items():
             writer.add_scalar(key, value, step)
         writer.flush()

@@ -1,4 +1,4 @@
-"""What a run stands on: random seeds, device, precision, and how it ends on an error."""
+"""What a run stands on: random seeds, device, precision, processes."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,6 @@ import random
 import re
 import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import DataError
-from models.pretrained import CheckpointError
-from modules.adapters import AdapterError, describe_parameters
+from modules.adapters import describe_parameters
 from modules.linear import Linear
 
 Item = TypeVar("Item")
@@ -30,13 +27,11 @@ PRECISIONS = {  # name -> autocast type
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
 LESS_MEMORY = (
     "lower --batch_size and raise --grad_accum as much, or add --gradient_checkpointing, or take "
     "a smaller --model_size"
 )
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 
 class RunError(ValueError):
@@ -84,6 +79,14 @@ class Runtime:
         if self.world_size > 1:
             dist.broadcast_object_list(made)
         return made[0]
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes have, each one."""
+        if self.world_size == 1:
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model to train: in several processes their gradients are averaged.
@@ -160,11 +163,15 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def make_runtime(use_gpu: bool, precision: str) -> Runtime:
+def make_runtime(use_gpu: bool, precision: str, deterministic: bool = False) -> Runtime:
     """Choose device (CUDA, else Apple's MPS, where a GPU is asked for) and precision.
 
     Under torchrun this joins the other processes, each with a GPU of its own or all on CPUs.
+    `deterministic` has a GPU give the same bits in every run; what cannot do so warns.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS documents
+        torch.use_deterministic_algorithms(True, warn_only=True)
     rank, world_size, local_rank = _torchrun()
     if not use_gpu:
         device = torch.device("cpu")
@@ -186,10 +193,7 @@ def make_runtime(use_gpu: bool, precision: str) -> Runtime:
     if precision == "fp16" and device.type != "cuda":
         raise RunError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
     if world_size > 1:
-        on_gpus = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_gpus else "gloo", device_id=device if on_gpus else None
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
     return Runtime(device, PRECISIONS[precision], rank, world_size)
@@ -209,28 +213,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script's main; what a user can mend ends in one sentence and exit code 1."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
-        _fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        _fail(f"out of memory: {LESS_MEMORY}; what was saved before is whole")
-    if dist.is_initialized():
-        dist.barrier()  # until process 0 has written everything
-        sys.stdout.flush()
-        # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter
-        # while it shuts down: leave without that.
-        os._exit(0)
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where all generators of this process stand, in plain values and tensors."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-def _fail(reason: str) -> None:
-    rank = _torchrun()[0]
-    if rank:  # where process 0 fails as well, torchrun ends this one before it repeats the reason
-        time.sleep(3)
-    sys.exit(f"error{f' in process {rank}' if rank else ''}: {reason}")
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Have all generators go on from what `random_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

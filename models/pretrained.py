@@ -5,10 +5,11 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -208,12 +209,35 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     tensor = file.get_tensor(name).clone()
                 yield name, tensor
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_plain(path)
+            if not isinstance(state, dict):
+                raise CheckpointError(f"{path} holds no weights by name")
             for name in list(state):
-                yield name, state.pop(name)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, FileNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as GPT-2 weights: {reason}") from error
+                yield str(name), state.pop(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def read_plain(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors and plain values: nothing else is ever built."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other kinds
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file makes any of them
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            reason = f"holds {code[1]}, which could run code: it may hold but tensors"
+        else:
+            reason = f"is damaged or was not written by torch.save ({first_line(error)})"
+        raise CheckpointError(f"{path} {reason}") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error's message as far as its first line goes, or its name."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _place(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:

@@ -27,6 +27,25 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("faults")
+    group.addoption("--kills", type=int, default=20, help="how many runs test_faults.py kills")
+    group.addoption("--fault_seed", type=int, default=0, help="decides when it kills them")
+
+
+def script_command(
+    script: str, folder: Path, *flags: str | Path, processes: int = 1
+) -> list[str | Path]:
+    """The command line of one of the four scripts, all that it writes going to `folder`."""
+    if "sonnet" in script:
+        out = ["--sonnet_out", folder / "poems.txt"]
+    else:
+        out = ["--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher = [*torchrun, "--standalone"] if processes > 1 else [sys.executable]
+    return [*launcher, ROOT / script, "--checkpoint_dir", folder, *out, *flags]
+
+
 def run_script(
     script: str,
     folder: Path,
@@ -35,14 +54,8 @@ def run_script(
     processes: int = 1,
     env: dict | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of the four scripts as a person does, all that it writes going to `folder`."""
-    if "sonnet" in script:
-        out = ["--sonnet_out", folder / "poems.txt"]
-    else:
-        out = ["--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher = torchrun if processes > 1 else [sys.executable]
-    command = [*launcher, ROOT / script, *flags, *out, "--checkpoint_dir", folder]
+    """Run one of the four scripts as a person does."""
+    command = script_command(script, folder, *flags, processes=processes)
     env = os.environ | (env or {})
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
     assert not check or done.returncode == 0, done.stderr

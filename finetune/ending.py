@@ -1,0 +1,117 @@
+"""How a run ends: exit codes, one sentence for what a user can mend, signals."""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+
+from datasets import DataError
+from finetune.files import release
+from finetune.runtime import LESS_MEMORY, RunError
+from models.pretrained import CheckpointError
+from modules.adapters import AdapterError
+
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TO_GO_ON = "the same command with --resume goes on"
+
+
+class Interrupted(BaseException):
+    """A signal has come that asks the run to end: `signum`."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[Callable[[], int]]:
+    """Within, SIGTERM and SIGINT are only noted; gives a function that tells which came, or 0.
+
+    Raises Interrupted behind the block if one came.
+    """
+    came = 0
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal came
+        came = signum
+
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield lambda: came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if came:
+        raise Interrupted(came)
+
+
+def run(main: Callable[[], None], to_go_on: str = TO_GO_ON) -> None:
+    """Call a script's main and leave: what a user can mend ends in one sentence and exit code 1.
+
+    SIGTERM ends in 143 and SIGINT in 130, with `to_go_on` as advice.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no character is worth a run
+    if not dist.is_torchelastic_launched():  # its processes are to go at once, waiting or not
+        for signum in set(SIGNALS) - {signal.SIGINT}:
+            if signal.getsignal(signum) == signal.SIG_DFL:
+                signal.signal(signum, _interrupt)
+    code, reason = 0, ""
+    try:
+        main()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        code, reason = 128 + signum, f"stopped by {signal.Signals(signum).name}"
+        if to_go_on and "--predict_only" not in sys.argv:
+            reason += f": {to_go_on}"
+    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
+        code, reason = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        code, reason = 1, _what_to_do(error)
+        if not reason:
+            raise
+    if code and "--debug" in sys.argv:
+        traceback.print_exc()
+    _leave(code, reason)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise Interrupted(signum)
+
+
+def _what_to_do(error: Exception) -> str:
+    """What to tell of an error of Python or PyTorch that a user can mend, else nothing."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return f"out of memory: {LESS_MEMORY}; what was saved before is whole"
+    if dist.is_initialized() and PEER_GONE.search(str(error)):
+        return "another process is gone"
+    return ""
+
+
+def _leave(code: int, reason: str) -> None:
+    release()
+    rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    if code == 1:
+        if rank:  # where process 0 fails as well, torchrun ends this one before it says so too
+            time.sleep(3)
+        reason = f"error{f' in process {rank}' if rank else ''}: {reason}"
+    if reason and (code == 1 or not rank):
+        print(reason, file=sys.stderr)
+    if not dist.is_initialized():
+        sys.exit(code)
+    if not code:
+        dist.barrier()  # until process 0 has written everything
+    sys.stdout.flush()
+    # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter while
+    # it shuts down: leave without that.
+    os._exit(code)
