@@ -60,8 +60,8 @@ def run(main: Callable[[], None], to_go_on: str = TO_GO_ON) -> None:
 
     SIGTERM ends in 143 and SIGINT in 130, with `to_go_on` as advice.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no character is worth a run
+    for stream in (sys.stdout, sys.stderr):  # no character is worth a run; logs can be followed
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if not dist.is_torchelastic_launched():  # its processes are to go at once, waiting or not
         for signum in set(SIGNALS) - {signal.SIGINT}:
             if signal.getsignal(signum) == signal.SIG_DFL:

@@ -1,25 +1,33 @@
-"""Real runs that are killed, stopped, and kept from writing: nothing that was there is lost.
+"""Real runs that are killed, stopped, and kept from reading or writing: nothing is lost.
 
-`--kills N` sets how many runs are killed in all, `--fault_seed` when.
+`--kills N` sets how many runs are killed, `--fault_seed` where.
 """
 
 import contextlib
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import script_command
+from tests.conftest import ROOT, script_command
 
-PAIRS = "--demo --limit_train 180 --limit_dev 60 --epochs 3 --save_every 4"
+PAIRS = "--demo --limit_train 150 --limit_dev 40 --epochs 3 --save_every 4"
 POEMS = "--demo --limit_train 30 --limit_dev 4 --epochs 3 --save_every 2 --max_new_tokens 40"
 RUNS = {  # name -> script, flags, processes
-    "lora_pairs": ("lora_paraphrase_detection.py", PAIRS, 1),
+    "lora_pairs": (
+        "lora_paraphrase_detection.py",
+        f"{PAIRS} --export_peft adapter --export_merged model",
+        1,
+    ),
     "reft_pairs": (
         "reft_paraphrase_detection.py",
         f"{PAIRS} --reft_type loreft --reft_dropout 0.1 --grad_accum 3 --grad_clip 1",
@@ -31,12 +39,25 @@ RUNS = {  # name -> script, flags, processes
         1,
     ),
     "reft_poems": ("reft_sonnet_generation.py", f"{POEMS} --num_samples 2", 1),
-    "two_processes": (
-        "lora_paraphrase_detection.py",
-        f"{PAIRS} --batch_size 6 --grad_accum 2",
-        2,
-    ),
+    "two_processes": ("lora_paraphrase_detection.py", f"{PAIRS} --batch_size 6 --grad_accum 2", 2),
 }
+# Runs a script that kills itself at a call of os.fsync or os.replace, before or after it is done.
+KILLER = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+_, name, number, moment, *sys.argv = sys.argv
+real, calls = getattr(os, name), 0
+def call(*args):
+    global calls
+    calls += 1
+    for now in ("before", "after"):
+        if now == "after":
+            real(*args)
+        if now == moment and calls == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+setattr(os, name, call)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 faults = {"injected": 0, "survived": 0}
 
 
@@ -49,45 +70,44 @@ def tell(pytestconfig):
 
 
 @contextlib.contextmanager
-def fault(n: int = 1):
-    """Within, what follows on `n` faults is checked; counts them as survived if all is well."""
+def fault(n: int = 1) -> Iterator[None]:
+    """Within, what follows on `n` faults is checked; they are survived if all is well."""
     faults["injected"] += n
     yield
     faults["survived"] += n
 
 
-def start(name: str, folder: Path, *flags: str | Path, **options) -> subprocess.Popen:
+def start(name: str, folder: Path, *flags: str | Path, killer: tuple[str, ...] = ()):
+    """A run in the background, on one thread; `killer` is what KILLER takes."""
     script, own, processes = RUNS[name]
     command = script_command(script, folder, *own.split(), *flags, processes=processes)
+    if killer:
+        command[1:1] = ["-c", KILLER, *killer]
     folder.mkdir(exist_ok=True)
-    with open(folder / "output", "ab") as output:
-        return subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=folder, start_new_session=True, **options
-        )
-
-
-def kill(process: subprocess.Popen, folder: Path) -> None:
-    """SIGKILL to all processes of a run; torchrun gives each a session of its own."""
-    subprocess.run(["pkill", "-KILL", "-f", f"checkpoint_dir {folder} "], check=True)
-    process.wait()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(folder.with_suffix(".log"), "wb") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=env)
 
 
 def output(folder: Path) -> str:
-    return (folder / "output").read_text(errors="replace")
+    return folder.with_suffix(".log").read_text(errors="replace")
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """All of a finished run that has to be the same, and that it left nothing else behind."""
-    (checkpoint,) = folder.glob("*.pt")  # so no resume file
+    """All of a finished run that has to be the same; it must have left nothing else behind."""
+    (checkpoint,) = folder.glob("*.pt")  # no resume file
     (metrics,) = (json.loads(path.read_text()) for path in folder.glob("*-metrics.json"))
     hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert not hidden
-    files = [path for path in folder.iterdir() if path.suffix in (".csv", ".txt")]
     saved = torch.load(checkpoint, weights_only=True)
     return {
         "adapter": {name: x.numpy().tobytes() for name, x in saved["adapter"].items()},
         "about": saved["about"],
-        "predictions": {path.name: path.read_bytes() for path in files},
+        "files": {
+            path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.suffix in (".csv", ".txt") or path.parent != folder
+        },
         "history": metrics["history"],
         "final": metrics["final"],
     }
@@ -95,41 +115,176 @@ def outcome(folder: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Outcome and seconds of each run that nothing happens to, made when first asked for."""
-    made = {}
+    """Outcome and seconds of the runs when nothing happens to them."""
+    folders = {name: tmp_path_factory.mktemp(name) / "run" for name in RUNS}
 
-    def make(name):
-        if name not in made:
-            folder, began = tmp_path_factory.mktemp(name) / "run", time.monotonic()
-            assert start(name, folder).wait() == 0, output(folder)
-            made[name] = outcome(folder), time.monotonic() - began
-        return made[name]
+    def make(name: str) -> tuple[dict[str, object], float]:
+        began = time.monotonic()
+        assert start(name, folders[name]).wait() == 0, output(folders[name])
+        return outcome(folders[name]), time.monotonic() - began
 
-    return make
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(RUNS, pool.map(make, RUNS), strict=True))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_at_random_ends_as_if_it_had_not_been(
-    name, undisturbed, tmp_path, pytestconfig
-):
-    expected, seconds = undisturbed(name)
-    rng = random.Random(f"{pytestconfig.getoption('fault_seed')} {name}")
-    kills = -(-pytestconfig.getoption("kills") // len(RUNS))
-    while kills:
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        tmp_path.mkdir()
-        folder, killed = tmp_path / "run", 0
-        while killed < min(kills, 6):
-            process = start(name, folder, "--resume")
-            try:
-                process.wait(rng.uniform(0.2, 1.05) * seconds)
-                break
-            except subprocess.TimeoutExpired:
-                kill(process, folder)
+def side_by_side(work, cases: Iterable) -> None:
+    """Do `work` on all cases, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, cases))
+
+
+def kill_once(name: str, folder: Path, seconds: float, rng: random.Random) -> bool:
+    """Start the run, or go on with it, and kill all its processes at random; False if it ended."""
+    if RUNS[name][2] == 1 and rng.random() < 0.5:
+        moment = rng.choice(["before", "after"])
+        killer = rng.choice(["fsync", "replace"]), str(rng.randrange(1, 12)), moment
+        process = start(name, folder, "--resume", killer=killer)
+        process.wait()
+    else:
+        process = start(name, folder, "--resume")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.3, 1) * seconds)
+    # Those of torchrun are no children of this process.
+    subprocess.run(["pkill", "-KILL", "-f", f"checkpoint_dir {folder} "], check=False)
+    ended = process.wait()
+    assert ended in (0, -signal.SIGKILL), output(folder)
+    return ended != 0
+
+
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(undisturbed, tmp_path, pytestconfig):
+    def endure(name: str) -> None:
+        (expected, seconds), folder = undisturbed[name], tmp_path / name
+        rng = random.Random(f"{pytestconfig.getoption('fault_seed')} {name}")
+        left = -(-pytestconfig.getoption("kills") // len(RUNS))
+        while left:
+            shutil.rmtree(folder, ignore_errors=True)
+            killed = 0
+            while killed < min(left, 4) and kill_once(name, folder, seconds, rng):
                 killed += 1
-        else:
-            process = start(name, folder, "--resume")
-        with fault(killed):
-            assert process.wait() == 0, output(folder)
-            assert outcome(folder) == expected
-        kills -= killed
+            with fault(killed):
+                if killed == min(left, 4):
+                    assert start(name, folder, "--resume").wait() == 0, output(folder)
+                assert outcome(folder) == expected
+            left -= killed
+
+    side_by_side(endure, RUNS)
+
+
+def say_when(folder: Path, text: str, process: subprocess.Popen) -> None:
+    """Wait until the run has printed `text`."""
+    while text not in output(folder):
+        assert process.poll() is None, output(folder)
+        time.sleep(0.02)
+
+
+SIGNALS = [
+    ("lora_pairs", signal.SIGTERM, "epoch 2/3:"),
+    ("reft_poems", signal.SIGINT, "epoch 1/3: train_loss"),
+    ("lora_poems", signal.SIGHUP, "before training"),
+    ("two_processes", signal.SIGTERM, "epoch 2/3:"),
+]
+
+
+def test_a_signal_ends_a_run_with_advice_and_its_usual_code(undisturbed, tmp_path):
+    def stop(case: tuple[str, signal.Signals, str]) -> None:
+        name, signum, moment = case
+        folder = tmp_path / name
+        process = start(name, folder)
+        say_when(folder, moment, process)
+        with fault():
+            process.send_signal(signum)
+            code = process.wait(timeout=60)
+            advice = "the same command with --resume goes on"
+            assert f"stopped by {signum.name}: {advice}\n" in output(folder)
+            if name != "two_processes":  # torchrun has a code and a traceback of its own
+                assert code == 128 + signum
+                assert "Traceback" not in output(folder)
+            if list(folder.glob("*.resume.pt")):
+                assert start(name, folder).wait() != 0
+                assert "is of a run that was stopped: --resume goes on with it" in output(folder)
+            assert start(name, folder, "--resume").wait() == 0, output(folder)
+            assert outcome(folder) == undisturbed[name][0]
+
+    side_by_side(stop, SIGNALS)
+
+
+def test_of_two_runs_with_the_same_files_the_second_is_told(undisturbed, tmp_path):
+    folder, other = tmp_path / "run", tmp_path / "other"
+    process = start("lora_pairs", folder)
+    say_when(folder, "epoch 1/3:", process)
+    process.send_signal(signal.SIGSTOP)
+    with fault(3):
+        same_checkpoint = "--checkpoint_dir", folder
+        same_predictions = "--para_dev_out", folder / "dev.csv"
+        for flags in (same_checkpoint, same_predictions, [*same_checkpoint, "--predict_only"]):
+            assert start("lora_pairs", other, *flags).wait() == 1
+            assert "error: another run is writing " in output(other)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0, output(folder)
+        assert outcome(folder) == undisturbed["lora_pairs"][0]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", ["shortened", "garbled", "of another run"])
+def test_a_damaged_resume_file_is_refused_and_nothing_touched(damage, tmp_path):
+    folder = tmp_path / "run"
+    process = start("lora_pairs", folder)
+    say_when(folder, "epoch 2/3:", process)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    (path,) = folder.glob("*.resume.pt")
+    whole, flags, sentence = path.read_bytes(), [], "is damaged"
+    if damage == "shortened":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "garbled":
+        path.write_bytes(random.Random(0).randbytes(len(whole)))
+    else:
+        flags, sentence = ["--batch_size", "7"], "of a run with --batch_size 12, here it is 7: "
+    with fault():
+        before = contents(folder)
+        assert start("lora_pairs", folder, "--resume", *flags).wait() == 1
+        assert f"{path.name} {sentence}" in output(folder).splitlines()[-1].replace("is of", "of")
+        assert contents(folder) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty file system of 4 MB."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes Linux and root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk, undisturbed):
+    name, folder = "reft_pairs", small_disk
+    flags = "--reft_rank", "32"  # 3 MB of a run's state
+    assert start(name, folder, *flags).wait() == 0, output(folder)
+    done = outcome(folder)
+    filler = folder / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    filled = contents(folder)
+    with fault(2):
+        for more in ([], ["--predict_only"]):
+            assert start(name, folder, *flags, *more).wait() == 1
+            last = output(folder).splitlines()[-1]
+            assert last.startswith(f"error: {folder}/"), output(folder)
+            assert "cannot be written: No space left on device; it is as it was" in last
+            assert contents(folder) == filled
+    with fault():
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        assert start(name, folder, *flags).wait() == 1
+        assert "cannot be written: Read-only file system" in output(folder).splitlines()[-1]
+        assert "epoch 1/3:" not in output(folder)
+        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+    filler.unlink()
+    assert start(name, folder, *flags, "--resume").wait() == 0, output(folder)
+    assert outcome(folder) == done
