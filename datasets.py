@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
+LONGEST_LINE = 10_000_000  # bytes
 LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
 POOL = 100  # batches that are sorted by length together
 SONNET_NUMBER = re.compile(r"\s*([0-9]{1,9})\s*")
@@ -71,7 +72,8 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
     `limit` keeps only the first so many usable rows. Raises DataError for an unusable file.
     """
     path = Path(path)
-    lines = _read_text(path).split("\n")
+    lines = _read_lines(path)
+    csv.field_size_limit(LONGEST_LINE)
     header = [name.strip() for name in _parse(lines[0]) or []]
     wanted = ["id", "sentence1", "sentence2"] + ["is_duplicate"] * labelled
     missing = [name for name in wanted if name not in header]
@@ -99,15 +101,26 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
     return pairs
 
 
-def _read_text(path: Path) -> str:
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file without their ends; an empty one behind the last end."""
+    lines, raw, number = [], b"\n", 0
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            while raw.endswith(b"\n"):
+                raw, number = file.readline(LONGEST_LINE + 1), number + 1
+                if len(raw) > LONGEST_LINE:
+                    raise DataError(f"{path}: line {number} is longer than {LONGEST_LINE:,} bytes")
+                if b"\0" in raw:
+                    raise DataError(f"{path} is not UTF-8 text: line {number} has a NUL byte")
+                lines.append(raw.removesuffix(b"\n").removesuffix(b"\r").decode())
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: see data/README.md for where to get it") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} is not UTF-8 text: line {line} cannot be read") from None
-    return text.replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text: line {number} cannot be read") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    lines[0] = lines[0].removeprefix("\ufeff")
+    return lines
 
 
 def _parse(text: str) -> list[str] | None:
@@ -143,6 +156,8 @@ def _fault(values: list[str]) -> str | None:
         return "a wrong number of fields"
     if not (values[1] and values[2]):
         return "an empty question"
+    if "\n" in values[0] or "\r" in values[0]:
+        return "an id of several lines"
     if len(values) == 4 and not values[3]:
         return "no label"
     if len(values) == 4 and values[3] not in LABELS:
@@ -334,7 +349,7 @@ def read_sonnets(path: str | Path, limit: int | None = None) -> list[Sonnet]:
     `limit` keeps only the first so many. Raises DataError for an unusable file.
     """
     sonnets: list[tuple[int, list[str]]] = []
-    for line in _read_text(Path(path)).split("\n"):
+    for line in _read_lines(Path(path)):
         number = SONNET_NUMBER.fullmatch(line)
         if number:
             sonnets.append((int(number[1]), []))

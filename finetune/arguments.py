@@ -332,16 +332,19 @@ def _contradiction(args: argparse.Namespace, default: Callable[[str], Any]) -> s
                 return f"--{name} beside --import_peft, whose folder decides it"
     if getattr(args, "greedy", False) and args.num_samples > 1:
         return "--num_samples beside --greedy, which writes the same poem each time"
-    if getattr(args, "min_lines", 0) > getattr(args, "max_lines", 0):
+    given_least = getattr(args, "min_lines", None) != default("min_lines")
+    if given_least and args.min_lines > args.max_lines:
         return f"--min_lines {args.min_lines} is more than --max_lines {args.max_lines}"
     taken = {os.path.realpath(path): name for name, path in _files(args, INPUTS).items()}
     for name, path in _files(args, OUTPUTS).items():
         other = taken.setdefault(os.path.realpath(path), name)
         if other != name:
             return f"--{name} and --{other} are the same file, {path}"
-    for name in ("export_peft", "export_merged"):
-        folder = getattr(args, name, None)
-        if folder and not args.resume and not _is_free(folder):  # resumed, it may be its own
+    folders = _files(args, ("export_peft", "export_merged"))
+    if len(set(map(os.path.realpath, [*folders.values(), "."]))) <= len(folders):
+        return "--export_peft and --export_merged need a folder each, other than the current one"
+    for name, folder in folders.items():
+        if not args.resume and not _is_free(folder):  # a resumed run may find its own there
             return f"--{name}: {str(folder)!r} is there already and not an empty folder"
     return None
 

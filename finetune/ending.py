@@ -69,33 +69,36 @@ def run(main: Callable[[], None], to_go_on: str = TO_GO_ON) -> None:
     code, reason = 0, ""
     try:
         main()
-    except (Interrupted, KeyboardInterrupt) as stop:
-        signum = getattr(stop, "signum", signal.SIGINT)
-        code, reason = 128 + signum, f"stopped by {signal.Signals(signum).name}"
-        if to_go_on and "--predict_only" not in sys.argv:
-            reason += f": {to_go_on}"
-    except (AdapterError, CheckpointError, DataError, RunError, OSError) as error:
-        code, reason = 1, str(error)
-    except (MemoryError, RuntimeError) as error:
-        code, reason = 1, _what_to_do(error)
+        if dist.is_initialized():
+            dist.barrier()  # until process 0 has written everything
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        code, reason = _verdict(error, to_go_on)
         if not reason:
             raise
-    if code and "--debug" in sys.argv:
-        traceback.print_exc()
     _leave(code, reason)
+
+
+def _verdict(error: BaseException, to_go_on: str) -> tuple[int, str]:
+    """Exit code and what to tell; nothing to tell of what is a fault of the program."""
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        signum = getattr(error, "signum", signal.SIGINT)
+        advice = f": {to_go_on}" if to_go_on and "--predict_only" not in sys.argv else ""
+        return 128 + signum, f"stopped by {signal.Signals(signum).name}{advice}"
+    if isinstance(error, AdapterError | CheckpointError | DataError | RunError | OSError):
+        return 1, str(error)
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return 1, f"out of memory: {LESS_MEMORY}; what was saved before is whole"
+    if dist.is_initialized() and PEER_GONE.search(str(error)):
+        return 1, "another process is gone"
+    return 1, ""
 
 
 def _interrupt(signum: int, frame: object) -> None:
     raise Interrupted(signum)
-
-
-def _what_to_do(error: Exception) -> str:
-    """What to tell of an error of Python or PyTorch that a user can mend, else nothing."""
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-        return f"out of memory: {LESS_MEMORY}; what was saved before is whole"
-    if dist.is_initialized() and PEER_GONE.search(str(error)):
-        return "another process is gone"
-    return ""
 
 
 def _leave(code: int, reason: str) -> None:
@@ -109,8 +112,6 @@ def _leave(code: int, reason: str) -> None:
         print(reason, file=sys.stderr)
     if not dist.is_initialized():
         sys.exit(code)
-    if not code:
-        dist.barrier()  # until process 0 has written everything
     sys.stdout.flush()
     # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter while
     # it shuts down: leave without that.

@@ -39,6 +39,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises OSError where `path` is there and neither an empty folder nor the same, file by file.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     with _told(path):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,10 +68,10 @@ def claim(paths: Iterable[Path]) -> None:
     Makes their folders. Raises OSError where one cannot be written or another run has it.
     """
     for path in paths:
-        if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
-            raise OSError(f"{path} is {what}, a file is to be written there")
         with _told(path):
+            if path.exists() and not path.is_file():
+                what = "a folder" if path.is_dir() else "no regular file"
+                raise OSError(f"{path} is {what}, a file is to be written there")
             path.parent.mkdir(parents=True, exist_ok=True)
             target = Path(os.path.realpath(path))
             lock = target.with_name(f".{target.name}.lock")

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +17,9 @@ from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
 from finetune.ending import Interrupted, held_signals
 from finetune.memory import describe_memory
+from finetune.progress import Progress
 from finetune.runtime import STEADIER, RunError, Runtime, random_state, set_random_state
-from modules.adapters import count_parameters, load_adapter_state
+from modules.adapters import load_adapter_state
 
 Batch = dict[str, Tensor]
 
@@ -57,72 +58,6 @@ class FitConfig:
     save_every: int = 500  # steps from one save of the run's state to the next, 0 is epochs alone
 
 
-@dataclass
-class Progress:
-    """Where a process's training stands after an optimizer step."""
-
-    epoch: int = 0  # the one in training, from 0
-    batches: int = 0  # of it, as all of the following down to `tokens`
-    examples: int = 0  # of all processes
-    loss_sum: float = 0.0
-    weight_sum: float = 0.0  # of the losses in it
-    tokens: int = 0  # real ones, padding not counted
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch
-    seconds: float = 0.0  # without the dev passes
-    all_examples: int = 0
-    all_tokens: int = 0  # of all processes
-    random: dict[str, Any] = field(default_factory=dict)  # the generators' states
-    unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # step, weight, loss
-
-    def add(self, step: int, group: list[tuple[Tensor, Share, int]], runtime: Runtime) -> None:
-        """Count the batches of an optimizer step: loss, share and tokens of each."""
-        for loss, share, tokens in group:
-            self.batches += 1
-            self.examples += share.n_examples
-            self.tokens += tokens
-            self.unread.append((step, share.n_examples * share.weight, loss))
-        self.random = random_state(runtime.device)
-
-    def read_losses(self, skip: bool) -> float:
-        """Sum up the losses that are on the device still, since each reading makes a GPU wait.
-
-        Returns the mean. A loss that is not finite is left out with `skip`, else it is a RunError.
-        """
-        steps, weights, losses = zip(*self.unread, strict=True) if self.unread else ((), (), ())
-        values = torch.stack(losses).tolist() if losses else []
-        self.unread.clear()
-        for step, weight, loss in zip(steps, weights, values, strict=True):
-            if math.isfinite(loss):
-                self.loss_sum += weight * loss
-                self.weight_sum += weight
-            elif not skip:
-                raise RunError(f"step {step}: the training loss is {loss}: {STEADIER}")
-        return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
-
-    def plain(self) -> dict[str, Any]:
-        """All of it as plain values and tensors, once the losses are read."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unread"}
-
-    def next_epoch(self) -> None:
-        """Stand at the start of the next epoch."""
-        self.epoch += 1
-        self.batches = self.examples = self.tokens = 0
-        self.loss_sum = self.weight_sum = 0.0
-
-    def summary(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
-        """Sizes, rates and memory, as the metrics file names them."""
-        trainable, total = count_parameters(model)
-        return {
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "train_seconds": round(self.seconds, 2),
-            "examples_per_second": round(self.all_examples / self.seconds, 2),
-            "tokens_per_second": round(self.all_tokens / self.seconds, 1),
-            "peak_memory_mb": round(runtime.peak_memory_mb(), 1),
-            "processes": runtime.world_size,
-        }
-
-
 class Fitted(NamedTuple):
     """What came of a training."""
 
@@ -151,7 +86,7 @@ def fit(
     batch_size = train_batches.batch_size // runtime.world_size
     print(describe_memory(model, loss_function, train_batches.longest, batch_size, runtime))
     updater = Updater(model, loss_function, config, len(train_batches), runtime)
-    progress = Progress()
+    progress = Progress(random=random_state(runtime.device))
 
     def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
         nonlocal progress

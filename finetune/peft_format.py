@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.files import new_folder
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, HF_NAMES, CheckpointError, read_tensors, save_gpt2
+from models.pretrained import BUNDLED, HF_NAMES, CheckpointError, read_json, read_tensors, save_gpt2
 from modules.adapters import adapter_state, load_adapter_state
 from modules.lora import FUSED, LoRAConfig, LoRALinear, add_lora, merge_lora
 
@@ -176,6 +176,8 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
                 f"{folder / WEIGHTS}: {key} is no LoRA of a linear layer of a GPT-2 block, which "
                 "is all that can be read"
             )
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{folder / WEIGHTS}: {key} has values that are not finite")
         place = int(match[1]), own_names[match[2]]
         matrices.setdefault(place, {})[match[3]] = tensor.float()
     if not matrices:
@@ -186,7 +188,7 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
         rank = pair["A"].shape[0] if len(pair) == 2 else 0
         if not rank or pair["B"].shape[1] != rank:
             raise CheckpointError(f"{where}: A and B do not belong together")
-        alpha = _alpha(config, f"transformer.h.{layer}.{HF_NAMES[name]}")
+        alpha = _alpha(config, f"transformer.h.{layer}.{HF_NAMES[name]}", folder / CONFIG)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapters[layer, name] = LowRank(pair["A"], pair["B"], scale)
     return adapters
@@ -194,13 +196,10 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{folder} is no PEFT adapter: no {CONFIG} in it") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("lora_alpha"), int | float):
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
+    config = read_json(path)
+    if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
     for key, (allowed, meaning) in REFUSED.items():
         if config.get(key, allowed[0]) not in allowed:
@@ -210,14 +209,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _alpha(config: dict[str, Any], module: str) -> float:
+def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
     """A module's alpha: PEFT takes the first pattern that is the end of its name."""
     patterns = config.get("alpha_pattern") or {}
     try:
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
-        return float(patterns.get(next(matching, None), config["lora_alpha"]))
+        alpha = float(patterns.get(next(matching, None), config["lora_alpha"]))
     except (re.error, AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"{CONFIG}: {patterns!r} is no alpha_pattern") from None
+        raise CheckpointError(f"{path}: {patterns!r} is no alpha_pattern") from None
+    if not math.isfinite(alpha):
+        raise CheckpointError(f"{path}: an alpha is {alpha}")
+    return alpha
 
 
 def _parts(

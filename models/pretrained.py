@@ -77,9 +77,9 @@ def _find_on_hub(name: str) -> Path:
         return Path(files[0]).parent
     except (OSError, httpx.HTTPError) as error:
         raise CheckpointError(
-            f"{name} is not in the Hugging Face cache and the hub did not answer "
-            f"({type(error).__name__}): pass --model_path FOLDER with a GPT-2 checkpoint, or "
-            "--model_size gpt2-nano for the bundled model"
+            f"{name} is not in the Hugging Face cache and could not be fetched from the hub "
+            f"({type(error).__name__}: {first_line(error)}): pass --model_path FOLDER with a GPT-2 "
+            "checkpoint, or --model_size gpt2-nano for the bundled model"
         ) from error
 
 
@@ -91,22 +91,49 @@ def load_tokenizer(folder: Path) -> "GPT2TokenizerFast":
         for file in ("vocab.json", "merges.txt"):
             if not (folder / file).exists():
                 raise CheckpointError(f"{folder} has no tokenizer: {file} is missing")
-    return GPT2TokenizerFast.from_pretrained(folder)
+    try:
+        tokenizer = GPT2TokenizerFast.from_pretrained(folder)
+        if "Ċ" not in tokenizer.get_vocab():
+            raise ValueError("it is no byte-level BPE")
+    except Exception as error:  # tokenizers raises nothing more special
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be used: {first_line(error)}"
+        ) from error
+    return tokenizer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
 
 
 def load_config(folder: Path) -> GPT2Config:
     """Read `config.json`, refusing what this GPT-2 does not compute."""
     path = folder / "config.json"
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no GPT-2 checkpoint: no config.json in it") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no GPT-2 checkpoint: no config.json in it")
+    given = read_json(path)
+    for field in fields(GPT2Config):
+        value = given.get(field.name, field.default)
+        if isinstance(field.default, int):
+            fits, allowed = type(value) is int and value > 0, "a whole number of 1 or more"
+        else:
+            fits = type(value) in (int, float) and 0 <= value < 1
+            allowed = "a number of 0 or more below 1"
+        if not fits:
+            raise CheckpointError(f"{path}: {field.name} is {value!r:.40}, it has to be {allowed}")
     required = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * given.get("n_embd", 0)),
+        "n_inner": (None, 4 * given.get("n_embd", GPT2Config.n_embd)),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "tie_word_embeddings": (True,),
@@ -123,17 +150,32 @@ def load_config(folder: Path) -> GPT2Config:
 def load_pretrained(name_or_folder: str | Path) -> "tuple[GPT2Model, GPT2TokenizerFast]":
     """Model and tokenizer of a size in SIZES or of a checkpoint folder."""
     folder = find_checkpoint(name_or_folder)
-    return load_gpt2(folder), load_tokenizer(folder)
+    gpt, tokenizer = load_gpt2(folder), load_tokenizer(folder)
+    if not gpt.config.vocab_size / 2 <= len(tokenizer) <= gpt.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
+            f"{gpt.config.vocab_size:,}: they do not belong together"
+        )
+    return gpt, tokenizer
 
 
 def load_gpt2(folder: Path) -> GPT2Model:
     """The model of a checkpoint folder in float32, every name and shape checked."""
+    config, files = load_config(folder), _weight_files(folder)
+    layer = 12 * config.n_embd**2  # its matrices alone
+    least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
+    size = sum(file.stat().st_size for file in files if file.exists())
+    if least > max(size, 10**8):  # before memory is asked for that there may not be
+        raise CheckpointError(
+            f"{folder / 'config.json'} makes a model of over {least:,} parameters, "
+            f"its weights have {size:,} bytes"
+        )
     with torch.device("meta"):
-        model = GPT2Model(load_config(folder))
+        model = GPT2Model(config)
     model.to_empty(device="cpu")
     missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     unexpected = []
-    for path in _weight_files(folder):
+    for path in files:
         for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
             if name in missing:
@@ -190,7 +232,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if (folder / single).exists():
             return [folder / single]
         if index.exists():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = read_json(index).get("weight_map")
+            shards = set(map(str, shards.values())) if isinstance(shards, dict) else {"/"}
+            if any(Path(shard).name != shard for shard in shards):
+                raise CheckpointError(f"{index}: weight_map has to name files of its own folder")
             return [folder / shard for shard in sorted(shards)]
     raise CheckpointError(
         f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
@@ -228,7 +273,9 @@ def read_plain(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes any of them
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
+        if isinstance(error, pickle.UnpicklingError) and not code:
+            reason = "is damaged or was not written by torch.save"
+        elif code:
             reason = f"holds {code[1]}, which could run code: it may hold but tensors"
         else:
             reason = f"is damaged or was not written by torch.save ({first_line(error)})"
@@ -240,7 +287,9 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _place(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
+def _place(parameter: Tensor, tensor: Any, where: str, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{where} is no tensor")
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
     if tensor.shape != parameter.shape or not tensor.is_floating_point():
@@ -248,6 +297,8 @@ def _place(parameter: Tensor, tensor: Tensor, where: str, name: str) -> None:
             f"{where} is {tensor.dtype} {list(tensor.shape)}, the config.json beside it makes it "
             f"a float of {list(parameter.shape)}"
         )
+    if not tensor.sum(dtype=torch.float32).isfinite():  # takes no memory to speak of
+        raise CheckpointError(f"{where} has values that are not finite")
     parameter.data = tensor.to(torch.float32).contiguous()
 
 

@@ -128,6 +128,10 @@ class LoRAProduct(torch.autograd.Function):
 
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:
     """Swap the target layers of a loaded GPT-2 for LoRA ones and freeze all other weights."""
+    if config.rank > gpt.config.n_embd:
+        raise AdapterError(
+            f"LoRA rank {config.rank} is more than the model's width, {gpt.config.n_embd}"
+        )
     parts = tuple(name in config.targets for name in FUSED)
     for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
         layer = gpt.gpt_layers[index]

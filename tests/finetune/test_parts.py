@@ -118,7 +118,7 @@ def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(lora_gpt, tmp_p
         assert "\n" not in str(error.value)
     assert not (tmp_path / "harm").exists()
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged or was not written by torch.save$"):
         AdapterCheckpoint(path, lora_gpt, {}, CPU).load()
 
 

@@ -168,7 +168,7 @@ def narrow(tensors):
     [
         (lambda f: (f / "adapter_config.json").unlink(), "is no PEFT adapter: no adapter_config"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "no lora_alpha in it"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "no lora_alpha in it"),
         (lambda f: damage_config(f, peft_type="IA3"), "'IA3': .* another method than LoRA"),
         (lambda f: damage_config(f, alpha_pattern={"(": 2}), "alpha_pattern"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "cannot be read"),

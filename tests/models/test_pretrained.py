@@ -113,7 +113,7 @@ BROKEN = {
     "is not JSON": lambda d: (d / "config.json").write_text("{"),
     "no config.json in it": lambda d: (d / "config.json").unlink(),
     "has no weights": lambda d: (d / "model.safetensors").unlink(),
-    "cannot be read as GPT-2 weights": lambda d: os.truncate(d / "model.safetensors", 999),
+    "model.safetensors cannot be read": lambda d: os.truncate(d / "model.safetensors", 999),
 }
 
 
@@ -129,7 +129,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sen
 def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
     hf_model.config.save_pretrained(tmp_path)
     torch.save({"wte.weight": Evil(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="cannot be read as GPT-2 weights"):
+    with pytest.raises(CheckpointError, match="mkdir, which could run code"):
         load_gpt2(tmp_path)
     assert not (tmp_path / "harm").exists()
 

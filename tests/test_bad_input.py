@@ -1,0 +1,397 @@
+"""What a user may get wrong: one sentence each, exit code 2 for flags and 1 for the rest."""
+
+import importlib
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.pretrained import BUNDLED
+from tests.conftest import Evil
+
+LP, RP = "lora_paraphrase_detection", "reft_paraphrase_detection"
+LS, RS = "lora_sonnet_generation", "reft_sonnet_generation"
+QUICK = [
+    "--demo",
+    "--epochs",
+    "1",
+    "--limit_train",
+    "24",
+    "--limit_dev",
+    "8",
+    "--checkpoint_dir",
+    "run",
+]
+FILES = {
+    "pairs": ["--para_dev_out", "run/dev.csv", "--para_test_out", "run/test.csv"],
+    "poems": ["--sonnet_out", "run/poems.txt", "--max_new_tokens", "4"],
+}
+NAMES = {
+    LP: "lora-gpt2-nano-1-0.002-8-paraphrase.pt",
+    LS: "lora-gpt2-nano-1-0.002-4-sonnet.pt",
+    RP: "reft-gpt2-nano-1-0.002-4-paraphrase.pt",
+    RS: "reft-gpt2-nano-1-0.003-4-sonnet.pt",
+}
+
+
+def complaint(script: str, flags: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and what was said, of a script that is run as a person does."""
+    module = importlib.import_module(script)
+    files = FILES["poems" if "sonnet" in script else "pairs"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *QUICK, *files, *flags])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        module.run(module.main)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with what an earlier run left in `run`."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    names = ["dev.csv", "test.csv", "poems.txt", *NAMES.values()]
+    names += [f"{m}-{t}-metrics.json" for m in ("lora", "reft") for t in ("paraphrase", "sonnet")]
+    for name in names:
+        (run / name).write_text(f"precious {name}")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+
+
+USAGE = [  # script, flags, what is said
+    (LP, "--epochs 0", "--epochs: '0' is not a whole number of 1 or more"),
+    (LP, "--epochs 1.5", "--epochs: '1.5' is not a whole number"),
+    (LP, "--epochs 99999999999999999999", "'99999999999999999999' is not a whole number"),
+    (LP, "--epochs 2000000000", "is not a whole number of 1000000000 or less"),
+    (LP, "--epochs", "--epochs: expected one argument"),
+    (LP, "--batch_size -4", "--batch_size: '-4' is not a whole number of 1 or more"),
+    (LP, "--lr 0", "--lr: '0' is not a number above 0"),
+    (LP, "--lr nan", "--lr: 'nan' is not a number above 0"),
+    (LP, "--lr 1e999", "--lr: '1e999' is not a number above 0"),
+    (LP, "--lr fast", "--lr: 'fast' is not a number above 0"),
+    (LP, "--weight_decay -1", "--weight_decay: '-1' is not a number of 0 or more"),
+    (LP, "--grad_accum 0", "--grad_accum: '0' is not a whole number of 1 or more"),
+    (LP, "--grad_clip -1", "--grad_clip: '-1' is not a number of 0 or more"),
+    (LP, "--lr_schedule step", "invalid choice: 'step' (choose from"),
+    (LP, "--warmup_ratio 1", "--warmup_ratio: '1' is not a number of 0 or more and below"),
+    (LP, "--early_stopping_patience -1", "'-1' is not a whole number of 0 or more"),
+    (LP, "--min_improvement inf", "--min_improvement: 'inf' is not a number of 0 or more"),
+    (LP, "--lora_rank 0", "--lora_rank: '0' is not a whole number of 1 or more"),
+    (LP, "--lora_alpha 0", "--lora_alpha: '0' is not a number above 0"),
+    (LP, "--lora_dropout 1", "--lora_dropout: '1' is not a number of 0 or more and below"),
+    (LP, "--lora_targets c_attn", "invalid choice: 'c_attn' (choose from"),
+    (LP, "--lora_targets", "--lora_targets: expected at least one argument"),
+    (LP, "--lora_layers last", "--lora_layers: 'last' is not a whole number of 0 or more"),
+    (RP, "--reft_type lowreft", "invalid choice: 'lowreft' (choose from"),
+    (RP, "--reft_activation selu", "invalid choice: 'selu' (choose from"),
+    (RP, "--reft_locations head", "invalid choice: 'head' (choose from"),
+    (RP, "--reft_positions f0", "ReFT positions 'f0': allowed are all, fN+lM, fN and lM"),
+    (RP, "--export_merged m", "no weight of GPT-2 and no LoRA can do"),
+    (RP, "--export_peft m", "ReFT edits the states between GPT-2's blocks"),
+    (LS, "--top_p 0", "--top_p: '0' is not a number above 0 and of 1 or less"),
+    (LS, "--temperature 0", "--temperature: '0' is not a number above 0"),
+    (LS, "--top_p 1.1", "--top_p: '1.1' is not a number above 0 and of 1 or less"),
+    (LS, "--repetition_penalty 0.5", "'0.5' is not a number of 1 or more"),
+    (LS, "--max_lines 3", "--max_lines: '3' is not a whole number of 4 or more"),
+    (LS, "--num_samples 0", "--num_samples: '0' is not a whole number of 1 or more"),
+    (LS, "--min_lines 20", "--min_lines 20 is more than --max_lines 14"),
+    (LS, "--greedy --num_samples 2", "--num_samples beside --greedy"),
+    (LP, "--seed -1", "--seed: '-1' is not a whole number of 0 or more"),
+    (LP, "--seed 4294967296", "--seed: '4294967296' is not a whole number of 4294967295"),
+    (LP, "--limit_train 0", "--limit_train: '0' is not a whole number of 1 or more"),
+    (LP, "--save_every -1", "--save_every: '-1' is not a whole number of 0 or more"),
+    (LP, "--precision fp8", "invalid choice: 'fp8' (choose from"),
+    (LP, "--model_size gpt3", "invalid choice: 'gpt3' (choose from"),
+    (LP, "--epoch 3", "unrecognized arguments: --epoch 3"),
+    (LP, "--predict_only --resume", "--resume beside --predict_only"),
+    (LP, "--para_test_out run/dev.csv", "--para_test_out and --para_dev_out are the same"),
+    (LP, "--para_dev run/dev.csv", "--para_dev_out and --para_dev are the same file"),
+    (LP, "--import_peft a --lora_rank 4", "--lora_rank beside --import_peft"),
+    (LP, "--export_peft x --export_merged x", "need a folder each"),
+    (LP, "--export_peft .", "other than the current one"),
+    (LP, "--export_merged run", "'run' is there already and not an empty folder"),
+]
+
+
+@pytest.mark.parametrize(("script", "flags", "sentence"), USAGE)
+def test_flags(script, flags, sentence, folder, monkeypatch, capsys):
+    before = contents(folder)
+    code, said = complaint(script, flags.split(), monkeypatch, capsys)
+    assert code == 2
+    assert said.splitlines()[-1].startswith(f"{script}.py: error: ")
+    assert sentence in said.splitlines()[-1]
+    assert contents(folder) == before
+
+
+def write(content: bytes, path: str = "x") -> None:
+    Path(path).write_bytes(content)
+
+
+def config(text: str = "", **changes) -> None:
+    """A checkpoint `model` whose config.json is changed, or is the text."""
+    shutil.copytree(BUNDLED, "model")
+    path = Path("model/config.json")
+    path.write_text(text or json.dumps(json.loads(path.read_text()) | changes))
+
+
+def weights(change) -> None:
+    """A checkpoint `model` whose tensors are changed."""
+    config()
+    tensors = load_file("model/model.safetensors")
+    change(tensors)
+    save_file(tensors, "model/model.safetensors")
+
+
+def raw_weights(change) -> None:
+    """A checkpoint `model` the bytes of whose weights are changed."""
+    config()
+    path = Path("model/model.safetensors")
+    path.write_bytes(change(path.read_bytes()))
+
+
+def pickled_weights(content) -> None:
+    config()
+    Path("model/model.safetensors").unlink()
+    torch.save(content, "model/pytorch_model.bin")
+
+
+def index(text: str) -> None:
+    config()
+    Path("model/model.safetensors").rename("model/a.safetensors")
+    Path("model/model.safetensors.index.json").write_text(text)
+
+
+def tokenizer(file: str, content: bytes) -> None:
+    config()
+    write(content, f"model/{file}")
+
+
+def untokenized() -> None:
+    config()
+    Path("model/merges.txt").unlink()
+
+
+def adapter(content, script: str = LP) -> None:
+    torch.save(content, Path("run") / NAMES[script])
+
+
+def peft(**changes) -> None:
+    """A PEFT adapter `peft` with a changed configuration and without weights."""
+    Path("peft").mkdir()
+    about = {"peft_type": "LORA", "lora_alpha": 16, "r": 8} | changes
+    Path("peft/adapter_config.json").write_text(json.dumps(about))
+
+
+def header_that_lies(data: bytes) -> bytes:
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    header["transformer.wte.weight"]["shape"][0] += 1
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+BIG = torch.zeros(2_800_000)
+H = b"id\tsentence1\tsentence2\tis_duplicate\n"
+TRAIN, MODEL, OLD, PEFT = "--para_train x", "--model_path model", "--predict_only", "--import_peft"
+POEM = b"\n1\n\nline one\nline two\nline three\nline four\n"
+RUNS = [  # script, what is prepared, flags, what is said
+    (LP, None, TRAIN, "x does not exist: see data/README.md"),
+    (LP, lambda: Path("x").mkdir(), TRAIN, "x cannot be read: Is a directory"),
+    (LP, lambda: write(b""), TRAIN, "x has no column id, sentence1, sentence2, is_dup"),
+    (LP, lambda: write(H), TRAIN, "no usable row in x: 0 pairs"),
+    (LP, lambda: write(b"id\tsentence1\n1\ta"), TRAIN, "x has no column sentence2"),
+    (LP, lambda: write(H + b"1\tcaf\xe9\tb\t1\n"), TRAIN, "line 2 cannot be read"),
+    (LP, lambda: write(H.decode().encode("utf-16")), TRAIN, "x is not UTF-8 text: line 1"),
+    (LP, lambda: write(H + b"1\ta\0\tb\t1\n"), TRAIN, "x is not UTF-8 text: line 2 has"),
+    (
+        LP,
+        lambda: shutil.copy(sys.executable, "x"),
+        TRAIN,
+        "x is not UTF-8 text: line 1 has",
+    ),
+    (LP, lambda: write(H + b"a" * 10_000_001), TRAIN, "line 2 is longer than 10,000,000 b"),
+    (LP, lambda: write(H + b"1\ta\tb\tmaybe\n"), TRAIN, "a label other than 0 and 1"),
+    (LP, lambda: write(H + b'1\t"a\tb\t1\n'), TRAIN, "a wrong number of fields (line 2)"),
+    (LP, lambda: write(H + b'"1\n2"\ta\tb\t1\n'), TRAIN, "an id of several lines (line 2)"),
+    (LP, lambda: write(b"\x89PNG\r\n\x1a\n"), TRAIN, "x is not UTF-8 text: line 1 cannot"),
+    (LP, None, "--para_dev x", "x does not exist: see data/README.md"),
+    (LP, None, "--para_test x", "x does not exist: see data/README.md"),
+    (LS, None, "--sonnet_path x", "x does not exist"),
+    (LS, None, "--limit_train 1", "one poem cannot be split"),
+    (LS, lambda: write(b"1 number"), "--dev_sonnet_path x", "x has no poem under a number"),
+    (LS, lambda: write(b"no number"), "--sonnet_path x", "x has no poem under a number"),
+    (LS, lambda: write(b"1\n2\na line\n"), "--sonnet_path x", "no line under the number 1"),
+    (LS, lambda: write(POEM), "--sonnet_path x", "one poem cannot be split"),
+    (LS, lambda: write(POEM), "--dev_gold_path x", "have to hold the same numbers in one"),
+    (
+        LS,
+        lambda: write(b"1\n" + b"word " * 2000),
+        "--held_out_sonnet_path x",
+        "the given lines of sonnet 1 are",
+    ),
+    (LP, None, MODEL, "model is neither a folder nor one of the models"),
+    (LP, lambda: write(b"", "model"), MODEL, "model is neither a folder nor one of the"),
+    (LP, lambda: Path("model").mkdir(), MODEL, "model holds no GPT-2 checkpoint: no config"),
+    (LP, lambda: config("{"), MODEL, "config.json is not JSON"),
+    (LP, lambda: config("[1]"), MODEL, "config.json is not a JSON object"),
+    (LP, lambda: config("[" * 100_000), MODEL, "config.json is not JSON"),
+    (LP, lambda: config(n_embd="256"), MODEL, "n_embd is '256', it has to be a whole num"),
+    (LP, lambda: config(n_embd=-256), MODEL, "n_embd is -256, it has to be a whole number"),
+    (
+        LP,
+        lambda: config(n_layer=True),
+        MODEL,
+        "n_layer is True, it has to be a whole number",
+    ),
+    (LP, lambda: config(n_layer=10**9), MODEL, "parameters, its weights have"),
+    (LP, lambda: config(n_embd=10**15), MODEL, "parameters, its weights have"),
+    (LP, lambda: config(n_embd=128), MODEL, "makes it a float of"),
+    (LP, lambda: config(n_head=3), MODEL, "n_embd 256 is no multiple of n_head"),
+    (LP, lambda: config(attn_pdrop=1.0), MODEL, "attn_pdrop is 1.0, it has to be a number"),
+    (LP, lambda: config(embd_pdrop=float("nan")), MODEL, "embd_pdrop is nan, it has to be"),
+    (LP, lambda: config(layer_norm_epsilon=None), MODEL, "layer_norm_epsilon is None"),
+    (
+        LP,
+        lambda: config(model_type="llama"),
+        MODEL,
+        "model_type is 'llama', this GPT-2 has",
+    ),
+    (LP, lambda: raw_weights(lambda b: b[: len(b) // 2]), MODEL, "cannot be read: "),
+    (LP, lambda: raw_weights(lambda b: b""), MODEL, "model.safetensors cannot be read: "),
+    (
+        LP,
+        lambda: raw_weights(header_that_lies),
+        MODEL,
+        "model.safetensors cannot be read: ",
+    ),
+    (
+        LP,
+        lambda: raw_weights(lambda b: struct.pack("<Q", 2**60) + b[8:]),
+        MODEL,
+        "model.safetensors cannot be read: ",
+    ),
+    (
+        LP,
+        lambda: weights(lambda t: t["transformer.wte.weight"][5].fill_(float("nan"))),
+        MODEL,
+        "wte.weight has values that are not finite",
+    ),
+    (LP, lambda: weights(lambda t: t.pop("transformer.wpe.weight")), MODEL, "missing wpe"),
+    (LP, lambda: pickled_weights([Evil(Path("harm")), BIG]), MODEL, "mkdir, which could run code"),
+    (
+        LP,
+        lambda: pickled_weights([BIG]),
+        MODEL,
+        "holds no weights by na",
+    ),
+    (LP, lambda: index("{}"), MODEL, "weight_map has to name files of its own folder"),
+    (
+        LP,
+        lambda: index('{"weight_map": {"wte": "../../secret"}}'),
+        MODEL,
+        "weight_map has to name files of its own folder",
+    ),
+    (LP, lambda: index('{"weight_map": {"wte": "b.bin"}}'), MODEL, "model/b.bin cannot be read"),
+    (LP, lambda: untokenized(), MODEL, "model has no tokenizer: merges.txt is missing"),
+    (LP, lambda: tokenizer("vocab.json", b"{"), MODEL, "the tokenizer in model cannot be"),
+    (LP, lambda: tokenizer("vocab.json", b'{"a": 0}'), MODEL, "the tokenizer in model"),
+    (LP, lambda: tokenizer("merges.txt", b"\xff"), MODEL, "the tokenizer in model cannot"),
+    (
+        LP,
+        lambda: tokenizer("tokenizer.json", b"[]"),
+        MODEL,
+        "the tokenizer in model cannot",
+    ),
+    (
+        LP,
+        lambda: tokenizer("added_tokens.json", b'{"<pad>": 8192}'),
+        MODEL,
+        "the tokenizer has 8,193 tokens, the model embeddings for 8,192",
+    ),
+    (LP, None, OLD, f"{NAMES[LP]} is damaged or was not written by torch.save"),
+    (RS, lambda: adapter({}, RS), OLD, "is no adapter checkpoint of this project"),
+    (LP, lambda: adapter({"about": {}, "adapter": 1}), OLD, "is no adapter checkpoint of"),
+    (
+        LP,
+        lambda: adapter({"about": {}, "adapter": {}}),
+        OLD,
+        "has method None, this run has",
+    ),
+    (
+        LP,
+        lambda: adapter({"about": {}, "adapter": {"a": 1}}),
+        OLD,
+        "a is no tensor of numb",
+    ),
+    (LP, lambda: adapter(Evil(Path("harm"))), OLD, "mkdir, which could run code"),
+    (
+        LP,
+        lambda: adapter({"about": {}, "adapter": {"a": torch.tensor([float("inf")])}}),
+        OLD,
+        "a has values that are not finite",
+    ),
+    (
+        LP,
+        lambda: Path("run", NAMES[LP]).unlink(),
+        OLD,
+        "does not exist: train first",
+    ),
+    (LP, None, f"{PEFT} peft", "peft is no PEFT adapter: no adapter_config.json in it"),
+    (LP, lambda: peft(lora_alpha="x"), f"{PEFT} peft", "no lora_alpha in it"),
+    (LP, lambda: peft(use_dora=True), f"{PEFT} peft", "cannot represent DoRA"),
+    (LP, lambda: peft(), f"{PEFT} peft", "adapter_model.safetensors cannot be read: "),
+    (LP, None, "--lora_layers 4", "layer 4 is not one of the model's, 0 to 3"),
+    (RP, None, "--reft_layers 9", "layer 9 is not one of the model's, 0 to 3"),
+    (LP, None, "--lora_rank 257", "LoRA rank 257 is more than the model's width, 256"),
+    (RP, None, "--reft_rank 257", "ReFT rank 257 is more than the model's width, 256"),
+    (LP, None, "--precision fp16", "--precision fp16 needs a CUDA GPU"),
+    (LP, lambda: write(b"", "file"), "--checkpoint_dir file", "cannot be written: "),
+    (LP, None, "--para_dev_out run", "run is a folder, a file is to be written there"),
+    (LP, None, "--para_dev_out /dev/null", "/dev/null is no regular file"),
+    (LP, None, "--para_test_out " + "long" * 99, "cannot be written: File name too long"),
+]
+
+
+@pytest.mark.parametrize(("script", "prepare", "flags", "sentence"), RUNS)
+def test_files_and_models(script, prepare, flags, sentence, folder, monkeypatch, capsys):
+    if prepare:
+        prepare()
+    before = contents(folder)
+    code, said = complaint(script, flags.split(), monkeypatch, capsys)
+    *earlier, last = said.splitlines()
+    assert last.startswith("error: ")
+    assert sentence in last
+    assert code == 1
+    assert "Traceback" not in said
+    assert contents(folder) == before
+    assert not Path("harm").exists()
+
+
+def test_debug_shows_where_it_came_from(folder, monkeypatch, capsys):
+    code, said = complaint(LP, [*TRAIN.split(), "--debug"], monkeypatch, capsys)
+    assert code == 1
+    assert "Traceback (most recent call last)" in said
+    assert said.splitlines()[-1].startswith("error: x does not exist")
+
+
+def test_a_stranded_lock_file_keeps_no_one_out(folder, monkeypatch, capsys):
+    Path("run/.dev.csv.lock").touch()
+    _, said = complaint(LP, ["--predict_only"], monkeypatch, capsys)
+    assert "is damaged" in said  # the checkpoint: so it came past the lock
+    assert not Path("run/.dev.csv.lock").exists()
+
+
+def test_a_million_characters_are_a_question_like_another(folder, monkeypatch, capsys):
+    write(H + b"1\t" + b"why " * 250_000 + b"\t" + b"a" * 1_000_000 + b"\t1\n2\ta\tb\t0\n")
+    code, said = complaint(LP, TRAIN.split(), monkeypatch, capsys)
+    assert code == 0, said
+    assert Path("run/dev.csv").read_text().startswith("id \t Predicted_Is_Paraphrase")
