@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.files import replacing
 from finetune.runtime import STEADIER, RunError, Runtime
-from models.pretrained import CheckpointError, read_plain
+from models.pretrained import CheckpointError, first_line, read_plain
 from modules.adapters import AdapterError, adapter_state, load_adapter_state
 
 
@@ -139,7 +139,10 @@ class ResumeFile:
         try:
             go_on(self.saved["common"], self.saved["own"][self.runtime.rank])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}): remove it") from error
+            reason = first_line(error)
+            raise CheckpointError(
+                f"{self.path} is damaged ({reason}): without it the run begins anew"
+            ) from error
         return True
 
     def save(self, common: dict[str, Any], own: dict[str, Any]) -> None:

@@ -111,19 +111,12 @@ def fit(
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
         train_loss = _train_epoch(updater, train_batches, progress, title, save, log)
         metrics = evaluate()
-        if not all(map(math.isfinite, metrics.values())):
-            raise RunError(f"{title}: the dev metrics are {metrics}: {STEADIER}")
-        is_best = stopper.update(metrics)
-        record = {"epoch": progress.epoch + 1, "train_loss": train_loss, **metrics}
-        if updater.scaler.is_enabled():
-            record["skipped_steps"] = updater.skipped_steps
-        record["is_best"] = is_best
-        progress.history.append(record)
+        record = _record_epoch(updater, progress, stopper, {"train_loss": train_loss} | metrics)
         losses = {name: value for name, value in record.items() if isinstance(value, float)}
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"{title}: {shown}{' (best)' if is_best else ''}")
+        print(f"{title}: {shown}{' (best)' if record['is_best'] else ''}")
         log(losses, updater.steps)
-        if is_best:
+        if record["is_best"]:
             save_best(record)
         progress.next_epoch()
         save()
@@ -225,6 +218,20 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
         return SCHEDULES[config.lr_schedule]((step - warmup) / max(1, total - warmup))
 
     return factor
+
+
+def _record_epoch(
+    updater: Updater, progress: Progress, stopper: EarlyStopper, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """Have the stopper judge an epoch's metrics, and put them down in the history."""
+    if not all(map(math.isfinite, metrics.values())):
+        raise RunError(f"epoch {progress.epoch + 1}: the metrics are {metrics}: {STEADIER}")
+    record = {"epoch": progress.epoch + 1, **metrics}
+    if updater.scaler.is_enabled():
+        record["skipped_steps"] = updater.skipped_steps
+    record["is_best"] = stopper.update(metrics)
+    progress.history.append(record)
+    return record
 
 
 def _train_epoch(

@@ -1,0 +1,181 @@
+"""Stopping and going on with fit() itself: every batch is a place to stop at."""
+
+import contextlib
+import math
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import PairBatches, TokenizedPairs
+from finetune.checkpoint import ResumeFile, finite_adapter
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.ending import Interrupted
+from finetune.loop import FitConfig, fit
+from finetune.runtime import RunError, Runtime, seed_everything
+from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
+from models.pretrained import CheckpointError, load_gpt2
+from modules.lora import LoRAConfig, add_lora
+from modules.reft import ReFTConfig, add_reft
+
+CPU = Runtime(torch.device("cpu"))
+CONFIG = FitConfig(epochs=2, lr=0.01, grad_accum=3, lr_schedule="cosine", save_every=0)
+ADAPTERS = {
+    "lora": lambda gpt: add_lora(gpt, LoRAConfig(rank=2)),
+    "reft": lambda gpt: add_reft(gpt, ReFTConfig(type="loreft", dropout=0.1)),
+}
+
+
+def pairs() -> TokenizedPairs:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 20, 31)
+    ends = np.cumsum(lengths)
+    tokens = rng.integers(0, 100, ends[-1]).astype(np.int32)
+    labels = rng.integers(0, 2, 31)
+    return TokenizedPairs(list(map(str, range(31))), labels, tokens, ends - lengths, lengths, 0)
+
+
+class Run:
+    """A run of 16 batches in two epochs, to be started again and again."""
+
+    def __init__(self, base, folder, adapter="lora", config=CONFIG, runtime=CPU):
+        self.base, self.path = base, folder / "run.resume.pt"
+        self.adapter, self.config, self.runtime = ADAPTERS[adapter], config, runtime
+        self.saved = []  # records of best epochs
+
+    def start(self, at_batch=lambda number, loss: loss, wanted=True):
+        """`at_batch` is called with the number of a batch, from 1, and its loss."""
+        seed_everything(1)
+        gpt = load_gpt2(self.base)
+        self.adapter(gpt)
+        self.model, number = ParaphraseGPT(gpt, (5, 6)), 0
+
+        def loss_function(model, batch):
+            nonlocal number
+            loss = paraphrase_loss(model, batch)
+            if len(batch["labels"]) < 3:  # of the estimate of memory
+                return loss
+            number += 1
+            return at_batch(number, loss)
+
+        resume = ResumeFile.open(self.path, {"--lr": "0.01"}, wanted, self.runtime)
+        fitted = fit(
+            self.model,
+            loss_function,
+            PairBatches(pairs(), 4, seed=0),
+            lambda: {"loss": sum(p.abs().sum().item() for p in self.trained().values())},
+            self.saved.append,
+            self.config,
+            EarlyStopper("loss", "min", EarlyStoppingConfig()),
+            self.runtime,
+            resume,
+        )
+        return fitted.history, self.trained()
+
+    def trained(self):
+        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+def stop_at(which: int):
+    def at_batch(number, loss):
+        if number == which:
+            signal.raise_signal(signal.SIGTERM)
+        return loss
+
+    return at_batch
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_run_stopped_at_any_batches_ends_as_if_it_had_not_been(hf_folder, tmp_path, adapter):
+    expected, weights = Run(hf_folder, tmp_path / "whole", adapter).start()
+    assert len(expected) == 2
+    for first in range(1, 17):
+        run = Run(hf_folder, tmp_path / str(first), adapter)
+        with pytest.raises(Interrupted) as stop:
+            run.start(stop_at(first))
+        assert stop.value.signum == signal.SIGTERM
+        with contextlib.suppress(Interrupted):
+            run.start(stop_at(1))  # at once again, if a batch was left
+        history, trained = run.start()
+        assert history == expected
+        assert all(torch.equal(trained[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("save_every", [0, 1, 2])
+def test_how_often_a_run_is_saved_changes_nothing(hf_folder, tmp_path, save_every):
+    expected, weights = Run(hf_folder, tmp_path / "a").start()
+    run = Run(hf_folder, tmp_path / "b", config=replace(CONFIG, save_every=save_every))
+    history, trained = run.start()
+    assert history == expected
+    assert all(torch.equal(trained[name], weights[name]) for name in weights)
+    saved = torch.load(run.path, weights_only=True)["own"][0]
+    assert (saved["epoch"], saved["batches"]) == (2, 0)
+    again, trained = run.start(lambda number, loss: pytest.fail("it had ended"))
+    assert again == expected
+    assert all(torch.equal(trained[name], weights[name]) for name in weights)
+
+
+def test_a_step_whose_loss_is_not_finite_is_named_and_nothing_of_it_kept(hf_folder, tmp_path):
+    run = Run(hf_folder, tmp_path, config=replace(CONFIG, grad_accum=1, save_every=1))
+    with pytest.raises(RunError, match=r"^step 11: the training loss is nan: try a lower --lr, "):
+        run.start(lambda number, loss: loss * (math.nan if number == 11 else 1))
+    assert [record["epoch"] for record in run.saved] == [1]
+    saved = torch.load(run.path, weights_only=True)["common"]["updater"]
+    assert saved["steps"] == 10
+    assert all(tensor.isfinite().all() for tensor in saved["adapter"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(hf_folder, tmp_path):
+    run = Run(hf_folder, tmp_path, config=replace(CONFIG, grad_accum=1, save_every=2))
+
+    def spoil(number, loss):
+        if number == 2:
+            next(p for p in run.model.parameters() if p.requires_grad).data.fill_(math.inf)
+        return loss
+
+    with pytest.raises(RunError, match="has values that are not finite any more: try a lower"):
+        run.start(spoil)
+    assert not run.path.exists()
+    assert not run.saved
+    with pytest.raises(RunError):
+        finite_adapter(run.model)
+
+
+def test_float16_skips_what_overflows_and_counts_it(hf_folder, tmp_path):
+    runtime = Runtime(torch.device("cpu"), torch.float16)
+    config = replace(CONFIG, grad_accum=1)
+    run = Run(hf_folder, tmp_path, config=config, runtime=runtime)
+    history, weights = run.start(lambda n, loss: loss * (math.inf if n in (2, 3, 12) else 0.01))
+    assert [record["skipped_steps"] for record in history] == [2, 3]
+    assert all(math.isfinite(record["train_loss"]) for record in history)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    run = Run(hf_folder, tmp_path / "b", config=config, runtime=runtime)
+    with pytest.raises(RunError, match="epoch 1/2: the loss of every batch overflows"):
+        run.start(lambda number, loss: loss * math.inf)
+
+
+def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, tmp_path):
+    run = Run(hf_folder, tmp_path)
+    with pytest.raises(Interrupted):
+        run.start(stop_at(5))
+    with pytest.raises(CheckpointError, match="of a run that was stopped: --resume goes on"):
+        run.start(wanted=False)
+    with pytest.raises(CheckpointError, match=r"of a run with --lr 0.01, here it is 0.02: give"):
+        ResumeFile.open(run.path, {"--lr": "0.02"}, True, CPU)
+    whole = torch.load(run.path, weights_only=True)
+    for damage in (
+        {"own": []},
+        {"common": {}},
+        {"own": [{}]},
+        {"common": whole["common"] | {"updater": whole["common"]["updater"] | {"adapter": {}}}},
+        {"own": [whole["own"][0] | {"random": {}}]},
+        {"own": [whole["own"][0] | {"surprise": 1}]},
+    ):
+        torch.save(whole | damage, run.path)
+        with pytest.raises(CheckpointError, match=r"run\.resume\.pt is damaged \(.*\): without"):
+            run.start()
+    torch.save([1], run.path)
+    with pytest.raises(CheckpointError, match="is no resume file of this project"):
+        run.start()
