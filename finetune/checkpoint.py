@@ -58,9 +58,8 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: train first, with the same flags")
     saved = read_plain(path)
-    about, state = (
-        saved.get(key) if isinstance(saved, dict) else 0 for key in ("about", "adapter")
-    )
+    saved = saved if isinstance(saved, dict) else {}
+    about, state = saved.get("about"), saved.get("adapter")
     if not (isinstance(about, dict) and isinstance(state, dict)):
         raise CheckpointError(f"{path} is no adapter checkpoint of this project")
     for name, tensor in state.items():

@@ -91,8 +91,6 @@ def fit(
     def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
         nonlocal progress
         progress = Progress(**own)
-        if runtime.world_size > 1:  # DistributedDataParallel orders gradients by the first pass
-            updater.backward(train_batches.longest(1))
         updater.load_state(common["updater"])
         stopper.load_state(common["stopper"])
         set_random_state(progress.random, runtime.device)
@@ -103,6 +101,10 @@ def fit(
             common = {"updater": updater.state(), "stopper": stopper.state()}
             unfinished.save(common, progress.plain())
 
+    if unfinished and unfinished.saved and runtime.world_size > 1:
+        # DistributedDataParallel orders its sums by the first pass; with three processes and more
+        # their last bits would differ without one here.
+        updater.backward(train_batches.longest(1))
     if unfinished and unfinished.restore(go_on):
         print(f"going on after step {updater.steps:,}, in epoch {progress.epoch + 1}")
 
@@ -283,6 +285,7 @@ def _train_epoch(
                     log({"running_train_loss": running}, updater.steps)
                 shown = now
         save()
+        progress.seconds += time.perf_counter() - counted
         sums = runtime.gather([(progress.loss_sum, progress.weight_sum, progress.tokens)])
         loss_sum, weight_sum, tokens = map(sum, zip(*sums, strict=True))
         if not weight_sum:

@@ -130,13 +130,19 @@ def tensorboard_log(
         return lambda values, step: None
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = None
+    writer, works = None, True
 
     def log(values: dict[str, float], step: int) -> None:
-        nonlocal writer  # made now: what a stopped run logged after this step is taken back
-        writer = writer or SummaryWriter(folder / name, purge_step=step)
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+        nonlocal writer, works
+        if not works:
+            return
+        try:  # made now: what a stopped run logged after this step is taken back
+            writer = writer or SummaryWriter(folder / name, purge_step=step)
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+        except OSError as error:  # not worth a run
+            works = False
+            print(f"no more logs: {folder} cannot be written: {error.strerror or error}")
 
     return log

@@ -96,3 +96,20 @@ def test_without_the_flag_and_in_other_processes_nothing_is_logged(tmp_path, fol
     log = tensorboard_log(folder and tmp_path / folder, "run", runtime)
     log({"dev_loss": 0.5}, 10)
     assert not list(tmp_path.iterdir())
+
+
+def test_logs_that_cannot_be_written_end_the_logs_alone(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    log = tensorboard_log(tmp_path / "file", "run", CPU)
+    for step in (10, 20):
+        log({"dev_loss": 0.5}, step)
+    assert capsys.readouterr().out.count(f"no more logs: {tmp_path}/file cannot be written: ") == 1
+
+
+def test_a_run_that_goes_on_takes_back_what_it_logged_after_its_save(tmp_path):
+    for steps in ((10, 20, 30), (20, 30)):
+        log = tensorboard_log(tmp_path, "run", CPU)
+        for step in steps:
+            log({"dev_loss": 1 / step}, step)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("dev_loss")] == [10, 20, 30]
