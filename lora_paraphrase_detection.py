@@ -17,17 +17,17 @@ from finetune.arguments import (
     add_paraphrase_data_arguments,
     add_run_arguments,
     config_from,
+    fit_settings,
     make_parser,
     parse_args,
     run_files,
 )
-from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.ending import run
-from finetune.loop import FitConfig, fit
+from finetune.loop import fit
 from finetune.metrics import paraphrase_logits, paraphrase_metrics
 from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
-from finetune.report import tensorboard_log, write_paraphrase_record
+from finetune.report import write_paraphrase_record
 from finetune.runtime import make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_pretrained
@@ -68,13 +68,8 @@ def main() -> None:
 
     if not args.predict_only:
         batches = PairBatches(train, args.batch_size, args.seed, *runtime.place)
-        stopper = EarlyStopper("dev_accuracy", "max", config_from(EarlyStoppingConfig, args))
-        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
-        config = config_from(FitConfig, args)
-        keep = checkpoint.save
-        fitted = fit(
-            model, paraphrase_loss, batches, score, keep, config, stopper, runtime, unfinished, log
-        )
+        settings = fit_settings(args, "dev_accuracy", "max", unfinished, runtime)
+        fitted = fit(model, paraphrase_loss, batches, score, checkpoint.save, *settings)
 
     # Predict
     imported = args.import_peft if args.predict_only else None

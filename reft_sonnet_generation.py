@@ -18,15 +18,15 @@ from finetune.arguments import (
     add_sampling_arguments,
     add_sonnet_data_arguments,
     config_from,
+    fit_settings,
     make_parser,
     parse_args,
     run_files,
 )
-from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.ending import run
-from finetune.loop import FitConfig, fit
+from finetune.loop import fit
 from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
-from finetune.report import tensorboard_log, write_sonnet_record
+from finetune.report import write_sonnet_record
 from finetune.runtime import make_runtime, seed_everything
 from finetune.sampling import Poet, SamplingConfig
 from finetune.sonnet_metrics import SonnetScorer
@@ -77,12 +77,8 @@ def main() -> None:
         batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *runtime.place)
         untrained = score.validation_loss()
         print(f"validation loss before training {untrained:.4f}")
-        stopper = EarlyStopper("val_loss", "min", config_from(EarlyStoppingConfig, args))
-        log = tensorboard_log(args.tensorboard, checkpoint.path.stem, runtime)
-        config = config_from(FitConfig, args)
-        fitted = fit(
-            model, sonnet_loss, batches, score, keep, config, stopper, runtime, unfinished, log
-        )
+        settings = fit_settings(args, "val_loss", "min", unfinished, runtime)
+        fitted = fit(model, sonnet_loss, batches, score, keep, *settings)
 
     # Predict
     best = checkpoint.load()

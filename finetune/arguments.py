@@ -14,10 +14,10 @@ from torch import nn
 
 from datasets import GIVEN_LINES
 from finetune.checkpoint import AdapterCheckpoint, ResumeFile, adapter_identity
-from finetune.early_stopping import EarlyStoppingConfig
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.files import claim
 from finetune.loop import SCHEDULES, FitConfig
-from finetune.report import record_files
+from finetune.report import record_files, tensorboard_log
 from finetune.runtime import PRECISIONS, Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import SIZES
@@ -363,6 +363,16 @@ def config_from(kind: type[Config], args: argparse.Namespace, prefix: str = "") 
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
+def fit_settings(
+    args: argparse.Namespace, metric: str, mode: str, unfinished: ResumeFile, runtime: Runtime
+) -> tuple[FitConfig, EarlyStopper, Runtime, ResumeFile, Callable]:
+    """The last arguments of `fit`: `metric` decides, more of it or less by `mode` (max, min)."""
+    stopper = EarlyStopper(metric, mode, config_from(EarlyStoppingConfig, args))
+    name = unfinished.path.name.removesuffix(".resume.pt")
+    log = tensorboard_log(args.tensorboard, name, runtime)
+    return config_from(FitConfig, args), stopper, runtime, unfinished, log
+
+
 def run_files(
     args: argparse.Namespace, task: str, adapter: Any, model: nn.Module, runtime: Runtime
 ) -> tuple[AdapterCheckpoint, ResumeFile | None]:
@@ -389,12 +399,13 @@ def run_files(
 def _decisive(args: argparse.Namespace, runtime: Runtime) -> dict[str, str]:
     """All flags that a run's files depend on, and what the files given by them hold."""
     decisive = {}
+    elsewhere = ("resume", "predict_only", "save_every", "debug", "tensorboard", "checkpoint_dir")
     for name, value in vars(args).items():
-        if name not in ("resume", "predict_only", "save_every", "debug", "tensorboard"):
+        if name in INPUTS and value:
+            digest = hashlib.sha256(value.read_bytes()).hexdigest()
+            decisive[f"in the file of --{name} the SHA-256"] = digest
+        elif name not in elsewhere:
             value = os.path.realpath(value) if isinstance(value, Path) else value
             decisive[f"--{name}"] = str(value)
-    for name, path in _files(args, INPUTS).items():
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        decisive[f"in the file of --{name} the SHA-256"] = digest
     decisive["the number of processes"] = str(runtime.world_size)
     return decisive

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -86,28 +87,8 @@ def fit(
     batch_size = train_batches.batch_size // runtime.world_size
     print(describe_memory(model, loss_function, train_batches.longest, batch_size, runtime))
     updater = Updater(model, loss_function, config, len(train_batches), runtime)
-    progress = Progress(random=random_state(runtime.device))
-
-    def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
-        nonlocal progress
-        progress = Progress(**own)
-        updater.load_state(common["updater"])
-        stopper.load_state(common["stopper"])
-        set_random_state(progress.random, runtime.device)
-
-    def save() -> None:
-        progress.read_losses(skip=updater.scaler.is_enabled())
-        if unfinished:
-            common = {"updater": updater.state(), "stopper": stopper.state()}
-            unfinished.save(common, progress.plain())
-
-    if unfinished and unfinished.saved and runtime.world_size > 1:
-        # DistributedDataParallel orders its sums by the first pass; with three processes and more
-        # their last bits would differ without one here.
-        updater.backward(train_batches.longest(1))
-    if unfinished and unfinished.restore(go_on):
-        print(f"going on after step {updater.steps:,}, in epoch {progress.epoch + 1}")
-
+    progress = _where_it_stands(updater, stopper, train_batches, unfinished)
+    save = partial(_save, updater, stopper, progress, unfinished)
     while progress.epoch < config.epochs and not stopper.should_stop:
         model.train()
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
@@ -120,7 +101,7 @@ def fit(
         log(losses, updater.steps)
         if record["is_best"]:
             save_best(record)
-        progress.next_epoch()
+        progress.start_epoch()
         save()
         if stopper.should_stop:
             print(f"stopped early: {stopper.waited} epochs without a better {stopper.metric}")
@@ -222,6 +203,41 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
     return factor
 
 
+def _where_it_stands(
+    updater: "Updater",
+    stopper: EarlyStopper,
+    train_batches: Batches,
+    unfinished: ResumeFile | None,
+) -> Progress:
+    """Set updater, stopper and random generators to where the run was saved, if it was."""
+    device = updater.runtime.device
+    progress = Progress(random=random_state(device))
+
+    def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
+        nonlocal progress
+        progress = Progress(**own)
+        updater.load_state(common["updater"])
+        stopper.load_state(common["stopper"])
+        set_random_state(progress.random, device)
+
+    if unfinished and unfinished.saved and updater.runtime.world_size > 1:
+        # DistributedDataParallel orders its sums by the first pass; with three processes and more
+        # their last bits would differ without one here.
+        updater.backward(train_batches.longest(1))
+    if unfinished and unfinished.restore(go_on):
+        print(f"going on after step {updater.steps:,}, in epoch {progress.epoch + 1}")
+    return progress
+
+
+def _save(
+    updater: "Updater", stopper: EarlyStopper, progress: Progress, unfinished: ResumeFile | None
+) -> None:
+    progress.read_losses(skip=updater.scaler.is_enabled())
+    if unfinished:
+        common = {"updater": updater.state(), "stopper": stopper.state()}
+        unfinished.save(common, progress.plain())
+
+
 def _record_epoch(
     updater: Updater, progress: Progress, stopper: EarlyStopper, metrics: dict[str, float]
 ) -> dict[str, Any]:
@@ -248,8 +264,8 @@ def _train_epoch(
 
     Saves every so many steps, at the end, and when a signal asks the run to end.
     """
-    config, runtime, n_batches = updater.config, updater.runtime, len(train_batches)
-    accum = config.grad_accum
+    config, runtime = updater.config, updater.runtime
+    accum, n_batches = config.grad_accum, len(train_batches)
     skip = updater.scaler.is_enabled()
     counted = shown = time.perf_counter()
     group: list[tuple[Tensor, Share, int]] = []  # what the next step is made of
@@ -272,8 +288,8 @@ def _train_epoch(
             now = time.perf_counter()
             if is_last:
                 updater.step()
-                progress.add(updater.steps, group, runtime)
-                progress.seconds, counted, group = progress.seconds + now - counted, now, []
+                progress.add(updater.steps, group, now - counted, runtime)
+                counted, group = now, []
                 if config.save_every and updater.steps % config.save_every == 0:
                     save()
             if signum := runtime.largest(signal_came()):
@@ -286,11 +302,6 @@ def _train_epoch(
                 shown = now
         save()
         progress.seconds += time.perf_counter() - counted
-        sums = runtime.gather([(progress.loss_sum, progress.weight_sum, progress.tokens)])
-        loss_sum, weight_sum, tokens = map(sum, zip(*sums, strict=True))
-        if not weight_sum:
-            raise RunError(f"{title}: the loss of every batch overflows: {STEADIER}")
-        bar.set_postfix(loss=f"{loss_sum / weight_sum:.4f}")
-    progress.all_examples += progress.examples
-    progress.all_tokens += tokens
-    return loss_sum / weight_sum
+        train_loss = progress.end_epoch(runtime)
+        bar.set_postfix(loss=f"{train_loss:.4f}")
+    return train_loss

@@ -29,13 +29,20 @@ class Progress:
     random: dict[str, Any] = field(default_factory=dict)  # the generators' states
     unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # step, weight, loss
 
-    def add(self, step: int, group: list[tuple[Tensor, Share, int]], runtime: Runtime) -> None:
+    def add(
+        self,
+        step: int,
+        group: list[tuple[Tensor, Share, int]],
+        seconds: float,
+        runtime: Runtime,
+    ) -> None:
         """Count the batches of an optimizer step: loss, share and tokens of each."""
         for loss, share, tokens in group:
             self.batches += 1
             self.examples += share.n_examples
             self.tokens += tokens
             self.unread.append((step, share.n_examples * share.weight, loss))
+        self.seconds += seconds
         self.random = random_state(runtime.device)
 
     def read_losses(self, skip: bool) -> float:
@@ -58,7 +65,17 @@ class Progress:
         """All of it as plain values and tensors, once the losses are read."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unread"}
 
-    def next_epoch(self) -> None:
+    def end_epoch(self, runtime: Runtime) -> float:
+        """Count the whole epoch of all processes; returns the mean loss of its examples."""
+        sums = runtime.gather([(self.loss_sum, self.weight_sum, self.tokens)])
+        loss_sum, weight_sum, tokens = map(sum, zip(*sums, strict=True))
+        if not weight_sum:
+            raise RunError(f"every loss of epoch {self.epoch + 1} overflows: {STEADIER}")
+        self.all_examples += self.examples
+        self.all_tokens += tokens
+        return loss_sum / weight_sum
+
+    def start_epoch(self) -> None:
         """Stand at the start of the next epoch."""
         self.epoch += 1
         self.batches = self.examples = self.tokens = 0
