@@ -385,10 +385,12 @@ def run_files(
     name = f"{adapter.method}-{model_name}-{args.epochs}-{args.lr}-{adapter.rank}-{task}"
     about = adapter_identity(task, model_name, adapter)
     path = args.checkpoint_dir / f"{name}.pt"
+    written = list(_files(args, OUTPUTS).values())
+    if not args.predict_only:
+        record = record_files(written[0].parent, adapter.method, task)
+        written += [path, *record.values()]
     if runtime.is_main:
-        outputs = _files(args, OUTPUTS).values()
-        record = record_files(next(iter(outputs)).parent, adapter.method, task)
-        claim([path, *outputs, *record.values()])
+        claim(written)
     unfinished = None
     if not args.predict_only:
         resume = path.with_suffix(".resume.pt")

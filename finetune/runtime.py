@@ -218,8 +218,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":  # CUDA, MPS
+        state["device"] = torch.get_device_module(device).get_rng_state()
     return state
 
 
@@ -228,5 +228,5 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"])

@@ -63,7 +63,7 @@ class GPT2Model(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.edit_positions: Positions | None = None  # where ReFT works, None for everywhere
-        self.packed_head: Tensor | None = None
+        self.packed_head: tuple[Tensor, Tensor] | None = None  # less its mean row, the mean row
         self.gradient_checkpointing = False  # compute a block again for its gradient, to keep less
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
@@ -161,17 +161,21 @@ class GPT2Model(nn.Module):
         """
         with torch.autocast(h.device.type, enabled=False):
             if self.packed_head is not None:
-                return packed_linear(h, self.packed_head)
+                weight, mean = self.packed_head
+                return packed_linear(h, weight).float() + (h.float() @ mean)[..., None]
             return F.linear(h.float(), self.word_embedding.weight)
 
     @contextmanager
     def packed(self, rows: int, dtype: torch.dtype) -> Iterator[None]:
         """Within, a CPU decodes about `rows` rows at a time with packed copies of all weights.
 
-        They take as much memory again. `dtype` is what the layers work in; logits stay float32.
+        They take as much memory again. `dtype` is what all of them work in. Of the logits, what
+        all tokens have in common is computed in float32: the rest is small, and so is its rounding.
         """
-        head = self.word_embedding.weight
-        self.packed_head = pack(head, rows) if can_pack(head) else None
+        head = self.word_embedding.weight.detach()
+        if can_pack(head):
+            mean = head.mean(0) if dtype != torch.float32 else head.new_zeros(head.shape[1])
+            self.packed_head = pack((head - mean).to(dtype), rows), mean
         try:
             with packed_layers(self, rows, dtype):
                 yield

@@ -216,7 +216,7 @@ def test_of_two_runs_with_the_same_files_the_second_is_told(undisturbed, tmp_pat
     with fault(3):
         same_checkpoint = "--checkpoint_dir", folder
         same_predictions = "--para_dev_out", folder / "dev.csv"
-        for flags in (same_checkpoint, same_predictions, [*same_checkpoint, "--predict_only"]):
+        for flags in (same_checkpoint, same_predictions, [*same_predictions, "--predict_only"]):
             assert start("lora_pairs", other, *flags).wait() == 1
             assert "error: another run is writing " in output(other)
         process.send_signal(signal.SIGCONT)

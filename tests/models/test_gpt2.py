@@ -7,6 +7,7 @@ import transformers
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import load_gpt2
 from modules.kv_cache import KVCache
+from modules.linear import can_pack
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
 from tests.conftest import narrow_hf_model
@@ -154,6 +155,22 @@ def test_packed_weights_change_nothing_but_rounding(gpt):
             found = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
     assert torch.allclose(found, expected, atol=1e-4)
     assert gpt.packed_head is None
+
+
+@pytest.mark.skipif(not can_pack(torch.ones(1)), reason="packed weights are for oneDNN")
+def test_packed_logits_in_bfloat16_are_exact_but_for_what_tells_tokens_apart(gpt):
+    """gpt2's logits are about -100, where bfloat16 numbers are half a nat apart."""
+    with torch.no_grad():
+        h = gpt(torch.randint(0, 101, (3, 9)))["last_hidden_state"]
+        common = torch.linalg.lstsq(h.flatten(0, 1), torch.full((27, 1), -100.0)).solution[:, 0]
+        gpt.word_embedding.weight += common
+        exact = gpt.hidden_state_to_token(h)
+        plain = h.bfloat16() @ gpt.word_embedding.weight.bfloat16().T
+        with gpt.packed(3, torch.bfloat16):
+            packed = gpt.hidden_state_to_token(h)
+    assert -110 < exact.mean() < -90
+    assert packed.dtype == torch.float32
+    assert (packed - exact).abs().max() < 0.1 * (plain - exact).abs().max()
 
 
 def test_dropout_works_in_training_and_not_in_evaluation(gpt):
