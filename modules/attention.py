@@ -43,6 +43,9 @@ class CausalSelfAttention(nn.Module):
         is_causal = attention_mask is None and q.shape[2] > 1
         if p and x.device.type == "cpu":  # where PyTorch's way is slow: it draws a number for each
             y = self._attend(q, k, v, attention_mask, is_causal)
+        elif q.shape[2] == 1 and x.device.type == "cpu":  # and slow again, in bfloat16 three times
+            with torch.autocast("cpu", enabled=False):
+                y = self._attend(q.float(), k.float(), v.float(), attention_mask, False)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attention_mask, p, is_causal)
         return y.transpose(1, 2).reshape(B, -1, C)
