@@ -97,7 +97,7 @@ def _write(path: Path, content: Any) -> None:
     buffer = io.BytesIO()  # what goes wrong with a file is told in other ways by torch.save
     torch.save(content, buffer)
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())
 
 
 @dataclass(frozen=True)
