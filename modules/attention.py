@@ -43,7 +43,7 @@ class CausalSelfAttention(nn.Module):
         is_causal = attention_mask is None and q.shape[2] > 1
         if p and x.device.type == "cpu":  # where PyTorch's way is slow: it draws a number for each
             y = self._attend(q, k, v, attention_mask, is_causal)
-        elif q.shape[2] == 1 and x.device.type == "cpu":  # and slow again, in bfloat16 three times
+        elif q.shape[2] == 1 and x.device.type == "cpu":  # slow again: twice in bfloat16
             with torch.autocast("cpu", enabled=False):
                 y = self._attend(q.float(), k.float(), v.float(), attention_mask, False)
         else:
