@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from datasets import DataError
 from finetune.files import release
-from finetune.runtime import LESS_MEMORY, RunError
+from finetune.runtime import LESS_MEMORY, RunError, torchrun_place
 from models.pretrained import CheckpointError
 from modules.adapters import AdapterError
 
@@ -32,7 +32,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGTERM and SIGINT are only noted; gives a function that tells which came, or 0.
+    """Within, SIGNALS are only noted; gives a function that tells which one came, or 0.
 
     Raises Interrupted behind the block if one came.
     """
@@ -58,7 +58,7 @@ def held_signals() -> Iterator[Callable[[], int]]:
 def run(main: Callable[[], None], to_go_on: str = TO_GO_ON) -> None:
     """Call a script's main and leave: what a user can mend ends in one sentence and exit code 1.
 
-    SIGTERM ends in 143 and SIGINT in 130, with `to_go_on` as advice.
+    SIGTERM ends in 143, SIGINT in 130 and SIGHUP in 129, with `to_go_on` as advice.
     """
     for stream in (sys.stdout, sys.stderr):  # no character is worth a run; logs can be followed
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -103,7 +103,7 @@ def _interrupt(signum: int, frame: object) -> None:
 
 def _leave(code: int, reason: str) -> None:
     release()
-    rank = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    rank = torchrun_place()[0]
     if code == 1:
         if rank:  # where process 0 fails as well, torchrun ends this one before it says so too
             time.sleep(3)

@@ -270,13 +270,8 @@ def _train_epoch(
     counted = shown = time.perf_counter()
     group: list[tuple[Tensor, Share, int]] = []  # what the next step is made of
     batches = islice(train_batches.epoch(progress.epoch), progress.batches, None)
-    bar = tqdm(
-        total=train_batches.n_examples,
-        initial=progress.examples,
-        desc=title,
-        unit=train_batches.unit,
-        disable=not runtime.is_main,
-    )
+    total, done, unit = train_batches.n_examples, progress.examples, train_batches.unit
+    bar = tqdm(None, title, total, initial=done, unit=unit, disable=not runtime.is_main)
     with bar, held_signals() as signal_came:
         for i, (batch, share) in enumerate(batches, progress.batches):
             in_group = min(accum, n_batches - i // accum * accum)

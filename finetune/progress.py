@@ -50,10 +50,9 @@ class Progress:
 
         Returns the mean. A loss that is not finite is left out with `skip`, else it is a RunError.
         """
-        steps, weights, losses = zip(*self.unread, strict=True) if self.unread else ((), (), ())
-        values = torch.stack(losses).tolist() if losses else []
-        self.unread.clear()
-        for step, weight, loss in zip(steps, weights, values, strict=True):
+        unread, self.unread = self.unread, []
+        values = torch.stack([loss for *_, loss in unread]).tolist() if unread else []
+        for (step, weight, _), loss in zip(unread, values, strict=True):
             if math.isfinite(loss):
                 self.loss_sum += weight * loss
                 self.weight_sum += weight

@@ -172,7 +172,7 @@ def make_runtime(use_gpu: bool, precision: str, deterministic: bool = False) -> 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS documents
         torch.use_deterministic_algorithms(True, warn_only=True)
-    rank, world_size, local_rank = _torchrun()
+    rank, world_size, local_rank = torchrun_place()
     if not use_gpu:
         device = torch.device("cpu")
     elif torch.cuda.is_available():
@@ -199,7 +199,7 @@ def make_runtime(use_gpu: bool, precision: str, deterministic: bool = False) -> 
     return Runtime(device, PRECISIONS[precision], rank, world_size)
 
 
-def _torchrun() -> tuple[int, int, int]:
+def torchrun_place() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this machine, as torchrun sets them; else 0, 1, 0."""
     if not dist.is_torchelastic_launched():
         return 0, 1, 0

@@ -63,7 +63,8 @@ class GPT2Model(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.edit_positions: Positions | None = None  # where ReFT works, None for everywhere
-        self.packed_head: tuple[Tensor, Tensor] | None = None  # less its mean row, the mean row
+        self.packed_head: Tensor | None = None
+        self.head_mean: Tensor | None = None  # the row that the packed head is less by
         self.gradient_checkpointing = False  # compute a block again for its gradient, to keep less
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
@@ -161,8 +162,10 @@ class GPT2Model(nn.Module):
         """
         with torch.autocast(h.device.type, enabled=False):
             if self.packed_head is not None:
-                weight, mean = self.packed_head
-                return packed_linear(h, weight).float() + (h.float() @ mean)[..., None]
+                logits = packed_linear(h, self.packed_head).float()
+                if self.head_mean is not None:
+                    logits += (h.float() @ self.head_mean)[..., None]
+                return logits
             return F.linear(h.float(), self.word_embedding.weight)
 
     @contextmanager
@@ -174,13 +177,15 @@ class GPT2Model(nn.Module):
         """
         head = self.word_embedding.weight.detach()
         if can_pack(head):
-            mean = head.mean(0) if dtype != torch.float32 else head.new_zeros(head.shape[1])
-            self.packed_head = pack((head - mean).to(dtype), rows), mean
+            if dtype != torch.float32:
+                self.head_mean = head.mean(0)
+                head = (head - self.head_mean).to(dtype)
+            self.packed_head = pack(head, rows)
         try:
             with packed_layers(self, rows, dtype):
                 yield
         finally:
-            self.packed_head = None
+            self.packed_head = self.head_mean = None
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
