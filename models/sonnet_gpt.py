@@ -1,10 +1,10 @@
 """GPT-2 that continues a poem: the next-token loss, without a matrix of tokens x vocabulary."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.gpt2 import GPT2Model
+from modules.linear import product
 
 CHUNK = 128  # states whose logits exist at one time
 
@@ -54,13 +54,13 @@ class NextTokenLoss(torch.autograd.Function):
         total, gradients = 0.0, []
         with torch.autocast(h.device.type, enabled=False):
             for h_part, target in zip(h.split(CHUNK), targets.split(CHUNK), strict=True):
-                logits = F.linear(h_part.float(), weight)  # [CHUNK,V]
+                logits = product(h_part.float(), weight)  # [CHUNK,V]
                 log_z = logits.logsumexp(1, keepdim=True)
                 total = total + (log_z - logits.gather(1, target[:, None])).sum()
                 if ctx.needs_input_grad[0]:
                     p = logits.sub_(log_z).exp_()
                     p.scatter_add_(1, target[:, None], p.new_full((len(p), 1), -1.0))
-                    gradients.append(p @ weight)
+                    gradients.append(product(p, weight.T))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients).div_(len(h)))
             ctx.dtype = h.dtype

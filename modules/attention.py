@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.dropout import Dropout
+from modules.dropout import Dropout, drop, drop_gradient
 from modules.kv_cache import LayerCache
 from modules.linear import Linear
 
@@ -41,22 +41,49 @@ class CausalSelfAttention(nn.Module):
             q = q.take_along_dim(only[:, None], 2)  # [B,H,1,D]
         p = self.dropout.p if self.training else 0.0
         is_causal = attention_mask is None and q.shape[2] > 1
-        if p and x.device.type == "cpu":  # where PyTorch's way is slow: it draws a number for each
-            y = self._attend(q, k, v, attention_mask, is_causal)
-        elif q.shape[2] == 1 and x.device.type == "cpu":  # slow again: twice in bfloat16
+        if x.device.type == "cpu" and (p or q.shape[2] == 1):  # where PyTorch's own way is slow
             with torch.autocast("cpu", enabled=False):
-                y = self._attend(q.float(), k.float(), v.float(), attention_mask, False)
+                bias = _bias(q, k, attention_mask, is_causal)
+                y = AttentionProduct.apply(q.float(), k.float(), v.float(), bias, p)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attention_mask, p, is_causal)
         return y.transpose(1, 2).reshape(B, -1, C)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
-        """The formula: dropout(softmax(q k^T / sqrt(D))) v, over what the mask lets through."""
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)  # [B,H,T,S]
-        if is_causal:
-            mask = scores.new_ones(scores.shape[2:], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-        return self.dropout(scores.softmax(3)) @ v
+
+def _bias(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """0 where a query may look and -inf elsewhere, to be added to scores [B,H,T,S], flattened."""
+    (B, H, T, _), S = q.shape, k.shape[2]
+    if is_causal:
+        return q.new_full((T, S), -torch.inf, dtype=torch.float32).triu_(1)
+    bias = q.new_zeros(1, dtype=torch.float32)
+    if mask is not None:
+        bias = torch.where(mask, bias, -torch.inf).expand(B, H, T, S).flatten(0, 1)
+    return bias
+
+
+class AttentionProduct(torch.autograd.Function):
+    """dropout(softmax(q k^T / sqrt(D) + bias)) v of q [B,H,T,D] and k, v [B,H,S,D].
+
+    Keeps the softmax and a mask of bytes; autograd would keep what dropout left as well.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, p: float) -> Tensor:
+        ctx.heads, ctx.p, ctx.scale = q.shape[:2], p, q.shape[3] ** -0.5
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        weights = torch.baddbmm(bias, q, k.mT, alpha=ctx.scale).softmax(2)  # [BH,T,S]
+        dropped, mask, ctx.left = drop(weights, p) if p else (weights, None, 1.0)
+        ctx.save_for_backward(q, k, v, weights, mask)
+        return (dropped @ v).mul_(ctx.left).unflatten(0, ctx.heads)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, weights, mask = ctx.saved_tensors
+        grad = grad.flatten(0, 1) * ctx.left
+        dropped, grad_weights = weights, grad @ v.mT
+        if ctx.p:
+            dropped, grad_weights = (drop_gradient(x, mask, ctx.p) for x in (weights, grad_weights))
+        softmax_backward = torch.ops.aten._softmax_backward_data
+        grad_scores = softmax_backward(grad_weights, weights, 2, weights.dtype).mul_(ctx.scale)
+        grads = (grad_scores @ k, grad_scores.mT @ q, dropped.mT @ grad)
+        return *(x.unflatten(0, ctx.heads) for x in grads), None, None

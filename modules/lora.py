@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modules.adapters import AdapterError, chosen_layers, freeze_base
 from modules.dropout import Dropout, drop, drop_gradient
-from modules.linear import Linear
+from modules.linear import Linear, add_product, product
 
 FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
 TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
@@ -101,29 +101,30 @@ class LoRALinear(Linear):
 class LoRAProduct(torch.autograd.Function):
     """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A and B.
 
-    Keeps of x what dropout left, a mask of bytes and A dropout(x); W's product runs last and adds
-    to the adapter's, forward and backward, so that no sum is a pass of its own over the memory.
+    Keeps of x what dropout left, a mask of bytes and A dropout(x). One product adds to the other,
+    so that no sum is a pass of its own over the memory.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, p: float):
         dropped, mask, left = drop(x, p) if p else (x, None, 1.0)
-        z = dropped @ A.T  # [N,nR]
+        z = product(dropped, A)  # [N,nR]
         ctx.scale, ctx.p = scale * left, p
         ctx.save_for_backward(dropped, mask, z, W, A, B)
-        return torch.addmm(b, z, B.T, alpha=ctx.scale).addmm_(x, W.T)
+        return add_product(product(x, W, b), z * ctx.scale, B)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         dropped, mask, z, W, A, B = ctx.saved_tensors
-        grad_z = grad @ B * ctx.scale
+        grad_z = product(grad, B.T) * ctx.scale
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_z @ A
+            grad_x = product(grad_z, A.T)
             if ctx.p:
                 grad_x = drop_gradient(grad_x, mask, ctx.p)
-            grad_x.addmm_(grad, W)
-        return grad_x, None, None, grad_z.T @ dropped, (z.T @ grad).T * ctx.scale, None, None
+            add_product(grad_x, grad, W.T)
+        grad_A, grad_B = product(grad_z.T, dropped.T), product(z.T, grad.T).T * ctx.scale
+        return grad_x, None, None, grad_A, grad_B, None, None
 
 
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from modules import linear
 
 ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
@@ -100,6 +101,17 @@ def hf_folder(hf_model, tmp_path_factory):
 def gpt(hf_folder):
     """Our model with the weights of `hf_model`, dropout off."""
     return load_gpt2(hf_folder).eval()
+
+
+@pytest.fixture(params=["F.linear", "oneDNN"])
+def library(request, monkeypatch):
+    """What computes the float32 products of a CPU, small ones too."""
+    onednn = request.param == "oneDNN"
+    if onednn and not linear.can_pack(torch.ones(1)):
+        pytest.skip("PyTorch has no oneDNN for this CPU")
+    monkeypatch.setattr(linear, "onednn_leads", lambda: onednn)
+    monkeypatch.setattr(linear, "WORTH_IT", 0)
+    return request.param
 
 
 @pytest.fixture(scope="session")

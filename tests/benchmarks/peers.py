@@ -20,6 +20,7 @@ from torch import nn
 from finetune.runtime import PRECISIONS, make_runtime
 from models.gpt2 import SIZES
 from models.pretrained import BUNDLED, find_checkpoint
+from modules.linear import product
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,16 +113,18 @@ def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, f
 
 
 def matrix_rate(use_gpu: bool, precision: str) -> float:
-    """FLOP/s of products of large square matrices, kept up for a second: the machine's limit."""
+    """FLOP/s of products of large square matrices, by the quicker library, kept up for a second:
+    the machine's limit."""
     runtime = make_runtime(use_gpu, precision)
     dtype = runtime.autocast_dtype or torch.float32
     size = 8192 if runtime.device.type == "cuda" else 4096
     a = torch.randn(size, size, device=runtime.device, dtype=dtype)
-    out = a @ a
+    product(a, a)
+    synchronize(runtime.device)
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < 1:
         for _ in range(2):
-            torch.mm(a, a, out=out)
+            product(a, a)
         done += 2
         synchronize(runtime.device)
     return done * 2 * size**3 / (time.perf_counter() - started)

@@ -6,6 +6,7 @@ import transformers
 
 from models.gpt2 import SIZES, GPT2Config, GPT2Model
 from models.pretrained import load_gpt2
+from modules import linear
 from modules.kv_cache import KVCache
 from modules.linear import can_pack
 from modules.lora import LoRAConfig, add_lora
@@ -119,6 +120,38 @@ def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, ref
         strict=True,
     )
     assert all(torch.allclose(a, b, atol=1e-4 * b.abs().max() + 1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 64])
+@pytest.mark.parametrize("reft", [False, True])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_lengths_rounded_for_onednn_change_nothing(gpt, library, n, reft, last_only):
+    if reft:
+        add_reft(gpt, ReFTConfig("nodireft", positions="f2+l1"))
+    else:
+        add_lora(gpt, LoRAConfig())
+    torch.manual_seed(0)
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.normal_(std=0.1)
+    ids, widths = torch.randint(0, 101, (3, n)), []
+    gpt.gpt_layers[0].register_forward_hook(lambda layer, inputs, h: widths.append(h.shape[1]))
+    found = gpt(ids, last_only=last_only)["last_token"]
+    weighting = torch.randn(3, 32)
+    gradients = torch.autograd.grad((found * weighting).sum(), trained)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "onednn_leads", lambda: False)
+        expected = gpt(ids)
+    assert widths == [-(-n // 4) * 4 if library == "oneDNN" else n, n]
+    assert expected["last_hidden_state"].shape == (3, n, 32)
+    assert torch.allclose(found, expected["last_token"], atol=1e-4)
+    pairs = zip(
+        gradients,
+        torch.autograd.grad((expected["last_token"] * weighting).sum(), trained),
+        strict=True,
+    )
+    assert all(torch.allclose(a, b, atol=1e-3 * b.abs().max() + 1e-6) for a, b in pairs)
 
 
 def test_the_last_token_alone_fills_a_cache_as_usual(gpt):

@@ -37,7 +37,7 @@ def states(gpt: nn.Module) -> torch.Tensor:
     return gpt(IDS)["last_hidden_state"]
 
 
-def test_forward_is_the_formula():
+def test_forward_is_the_formula(library):
     torch.manual_seed(0)
     linear = nn.Linear(6, 12)
     lora = LoRALinear(linear, LoRAConfig(rank=2, alpha=6, dropout=0.0), (True, False, True))
@@ -66,7 +66,7 @@ def test_dropout_is_on_the_adapters_input_only():
 
 @pytest.mark.parametrize("parts", [(True,), (True, False, True)])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_gradients_are_those_of_the_formula_with_the_mask_of_the_forward(parts, p):
+def test_gradients_are_those_of_the_formula_with_the_mask_of_the_forward(library, parts, p):
     torch.manual_seed(0)
     linear = nn.Linear(6, 12)
     lora = LoRALinear(linear, LoRAConfig(rank=2, alpha=6, dropout=p), parts)
