@@ -101,8 +101,8 @@ class LoRALinear(Linear):
 class LoRAProduct(torch.autograd.Function):
     """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A and B.
 
-    Keeps of x what dropout left, a mask of bytes and A dropout(x). One product adds to the other,
-    so that no sum is a pass of its own over the memory.
+    Keeps of x what dropout left, a mask of bytes and A dropout(x). One product adds to the other:
+    where BLAS does it, the sum is no pass of its own over the memory.
     """
 
     @staticmethod
