@@ -40,7 +40,7 @@ SIZES = {  # name -> width, layers, heads
     "gpt2-xl": (1600, 48, 25),
     "gpt2-nano": (256, 4, 4),
 }
-LENGTH_STEP = 4  # oneDNN keeps code for each shape it has met: 0.6 MB and a millisecond a product
+LENGTH_STEP = 8  # oneDNN keeps code for each shape it has met: 0.6 MB and a millisecond a product
 
 
 class GPT2Model(nn.Module):

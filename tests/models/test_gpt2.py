@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from models.gpt2 import SIZES, GPT2Config, GPT2Model
+from models.gpt2 import LENGTH_STEP, SIZES, GPT2Config, GPT2Model
 from models.pretrained import load_gpt2
 from modules import linear
 from modules.kv_cache import KVCache
@@ -143,7 +143,7 @@ def test_lengths_rounded_for_onednn_change_nothing(gpt, library, n, reft, last_o
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "onednn_leads", lambda: False)
         expected = gpt(ids)
-    assert widths == [-(-n // 4) * 4 if library == "oneDNN" else n, n]
+    assert widths == [-(-n // LENGTH_STEP) * LENGTH_STEP if library == "oneDNN" else n, n]
     assert expected["last_hidden_state"].shape == (3, n, 32)
     assert torch.allclose(found, expected["last_token"], atol=1e-4)
     pairs = zip(
