@@ -51,7 +51,7 @@ def test_loss_is_cross_entropy_of_the_labels(gpt):
         assert torch.equal(paraphrase_loss(model, batch), expected)
 
 
-def test_fifty_steps_are_those_of_the_plain_way(nano_tokenizer):
+def test_fifty_steps_are_those_of_the_plain_way(library, nano_tokenizer):
     """Everything that makes our step quick, against an implementation that has none of it."""
     gpt, answers = load_gpt2(BUNDLED), answer_ids(nano_tokenizer)
     add_lora(gpt, LoRAConfig(dropout=0.0))
