@@ -126,20 +126,34 @@ class GPT2Model(nn.Module):
         h = self.embed_dropout(self.word_embedding(input_ids) + self.pos_embedding(position_ids))
         edited = self._edited(input_ids, attention_mask, position_ids, prompt_lengths, past)
         mask = attention_mask if attention_mask is None else attention_mask[:, past:]
-        last, only = _last_position(input_ids, mask), None  # [B,1,1]
-        if cache is None and visible is None and by_onednn(h):
-            more = (0, 0, 0, -T % LENGTH_STEP)  # no position looks at them
-            h, edited = F.pad(h, more), edited if edited is None else F.pad(edited, more)
-        for i, layer in enumerate(self.gpt_layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            if last_only and T > 1 and i + 1 == len(self.gpt_layers):
-                only, visible = last, _visible_to(last, visible, h.shape[1])
-            h = layer(h, visible, cache.layers[i] if cache else None, edited, only)
-        h = self.final_layer_norm(h[:, :T])
+        last = _last_position(input_ids, mask)  # [B,1,1]
+        only = last if last_only and T > 1 else None
+        h = self.final_layer_norm(self._through_layers(h, visible, cache, edited, only))
         if last_only and h.shape[1] == 1:
             return {"last_token": h[:, 0]}
         return {"last_hidden_state": h, "last_token": h.take_along_dim(last, 1)[:, 0]}
+
+    def _through_layers(
+        self,
+        h: Tensor,
+        visible: Tensor | None,
+        cache: KVCache | None,
+        edited: Tensor | None,
+        only: Tensor | None,
+    ) -> Tensor:
+        """What the blocks make of h [B,T,C]; with `only`, [B,1,C] of those positions."""
+        T = h.shape[1]
+        if cache is None and visible is None and by_onednn(h):
+            more = (0, 0, 0, -T % LENGTH_STEP)  # no position looks at them
+            h, edited = F.pad(h, more), edited if edited is None else F.pad(edited, more)
+        asking = None
+        for i, layer in enumerate(self.gpt_layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            if only is not None and i + 1 == len(self.gpt_layers):
+                asking, visible = only, _visible_to(only, visible, h.shape[1])
+            h = layer(h, visible, cache.layers[i] if cache else None, edited, asking)
+        return h[:, :T]
 
     def _edited(
         self,

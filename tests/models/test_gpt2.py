@@ -96,9 +96,8 @@ def test_a_mask_known_to_pad_on_the_right_gives_the_same(gpt):
     assert torch.equal(found["last_token"], told["last_token"])
 
 
-@pytest.mark.parametrize("reft", [False, True])
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, reft):
+def with_adapters(gpt: GPT2Model, reft: bool) -> list[torch.nn.Parameter]:
+    """The weights of LoRA or ReFT, which gpt gets, with values as after training."""
     if reft:
         add_reft(gpt, ReFTConfig("nodireft", positions="f2+l1"))
     else:
@@ -108,6 +107,13 @@ def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, ref
     with torch.no_grad():
         for p in trained:
             p.normal_(std=0.1)
+    return trained
+
+
+@pytest.mark.parametrize("reft", [False, True])
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, reft):
+    trained = with_adapters(gpt, reft)
     ids, mask = torch.randint(0, 101, (3, 9)), masks(padding, 3, 9)
     given = None if padding == "none" else mask
     whole, alone = gpt(ids, given), gpt(ids, given, last_only=True)
@@ -126,15 +132,7 @@ def test_the_last_token_alone_has_the_same_state_and_gradients(gpt, padding, ref
 @pytest.mark.parametrize("reft", [False, True])
 @pytest.mark.parametrize("last_only", [False, True])
 def test_lengths_rounded_for_onednn_change_nothing(gpt, library, n, reft, last_only):
-    if reft:
-        add_reft(gpt, ReFTConfig("nodireft", positions="f2+l1"))
-    else:
-        add_lora(gpt, LoRAConfig())
-    torch.manual_seed(0)
-    trained = [p for p in gpt.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p in trained:
-            p.normal_(std=0.1)
+    trained = with_adapters(gpt, reft)
     ids, widths = torch.randint(0, 101, (3, n)), []
     gpt.gpt_layers[0].register_forward_hook(lambda layer, inputs, h: widths.append(h.shape[1]))
     found = gpt(ids, last_only=last_only)["last_token"]
