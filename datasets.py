@@ -21,7 +21,7 @@ ANSWERS = ("no", "yes")  # class 0, class 1
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 LONGEST_LINE = 10_000_000  # bytes
 LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
-POOL = 100  # batches that are sorted by length together
+TILE = 16  # tokens; matmuls have few different shapes, for each of which oneDNN keeps code
 SONNET_NUMBER = re.compile(r"\s*([0-9]{1,9})\s*")
 GIVEN_LINES = 3  # of a sonnet to be continued
 
@@ -257,23 +257,21 @@ def load_pairs(
 
 
 class Share(NamedTuple):
-    """What a process's batch is of the whole one, which all processes deal out among themselves."""
+    """This rank's shard of a global batch."""
 
-    n_examples: int  # of the whole
-    weight: float  # of its mean loss in the whole's, 1 for a process alone
+    n_examples: int  # of the global batch
+    weight: float  # of the shard's mean loss in the global mean
 
 
-class PairBatches:
-    """Training batches of nearly equal lengths, so that hardly anything is padding.
+class Batches:
+    """Training batches in random order; `data` are examples, `batch` makes a batch of some.
 
-    `batch_size` is for each of the `world_size` processes, of which this is number `rank`.
+    `batch_size` is for each of the `world_size` ranks, of which this is `rank`.
     """
 
-    unit = "pair"
+    unit: str  # what an example is called
 
-    def __init__(
-        self, data: TokenizedPairs, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
+    def __init__(self, data, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.data, self.batch_size, self.seed = data, batch_size * world_size, seed
         self.rank, self.world_size = rank, world_size
         self.n_examples = len(data)
@@ -281,27 +279,54 @@ class PairBatches:
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """The batch of these examples."""
+        raise NotImplementedError
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64."""
+        raise NotImplementedError
+
+    def n_targets(self, rows: np.ndarray) -> int:
+        """Over how many terms the loss of a batch is a mean."""
+        raise NotImplementedError
+
     def longest(self, n: int) -> dict[str, Tensor]:
-        """A batch of the n longest pairs."""
-        return make_batch(self.data, np.argsort(-self.data.lengths, kind="stable")[:n])
+        """A batch of the n longest examples."""
+        return self.batch(np.argsort(-self.lengths(), kind="stable")[:n])
+
+    def rows(self, number: int) -> Iterator[np.ndarray]:
+        """The examples of each global batch of an epoch: all once, in an order that seed and
+        epoch fix."""
+        order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
+        for start in range(0, self.n_examples, self.batch_size):
+            yield order[start : start + self.batch_size]
 
     def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
-        """All pairs once, in an order that seed and epoch fix; of each batch this process's share.
+        """This rank's shard of each batch.
 
-        A process for which none is left takes the batch's first pair, with a weight of 0.
+        A rank with an empty shard runs the batch's first example with weight 0, so that every rank
+        joins the all-reduce.
         """
-        generator = np.random.default_rng([self.seed, number])
-        order = generator.permutation(self.n_examples)
-        batches = []
-        for start in range(0, len(order), POOL * self.batch_size):
-            pool = order[start : start + POOL * self.batch_size]
-            pool = pool[np.argsort(self.data.lengths[pool], kind="stable")]
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        for i in generator.permutation(len(batches)):
-            rows = batches[i]
+        for rows in self.rows(number):
             own = rows[self.rank :: self.world_size]
-            share = Share(len(rows), len(own) / len(rows))
-            yield make_batch(self.data, own if len(own) else rows[:1]), share
+            share = Share(len(rows), self.n_targets(own) / self.n_targets(rows))
+            yield self.batch(own if len(own) else rows[:1]), share
+
+
+class PairBatches(Batches):
+    """Batches of tokenized pairs."""
+
+    unit = "pair"
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return pair_batch(self.data, rows)
+
+    def lengths(self) -> np.ndarray:
+        return self.data.lengths
+
+    def n_targets(self, rows: np.ndarray) -> int:
+        return len(rows)
 
 
 def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
@@ -311,17 +336,29 @@ def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def make_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, `rows` [B], `labels` [B] or none."""
+def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `labels` [B] or
+    none.
+    """
     lengths = data.lengths[rows]
     positions = np.arange(lengths.max())
     mask = positions < lengths[:, None]  # [B,T]
     ids = data.tokens.take(data.starts[rows, None] + positions, mode="clip") * mask
     batch = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-    batch["rows"] = rows
+    batch["token_index"] = token_index(mask)
     if data.labels is not None:
         batch["labels"] = data.labels[rows]
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def token_index(mask: np.ndarray) -> np.ndarray:
+    """int64 [N], where the tokens are in the flattened mask [B,T], padded on the right.
+
+    Some padding positions follow to make N a multiple of TILE, which no result depends on.
+    """
+    is_token = mask.ravel()
+    tokens, padding = is_token.nonzero()[0], (~is_token).nonzero()[0]
+    return np.concatenate([tokens, padding[: -len(tokens) % TILE]])
 
 
 @dataclass(frozen=True)
@@ -452,50 +489,24 @@ def load_sonnets(
     return SonnetData(train, dev, gold, held_out, *ids)
 
 
-class SonnetBatches:
-    """Batches of tokenized poems, in which each token but a poem's first is a target.
-
-    `batch_size` is for each of the `world_size` processes, of which this is number `rank`.
-    """
+class SonnetBatches(Batches):
+    """Batches of tokenized poems, in which each token but a poem's first is a target."""
 
     unit = "poem"
 
-    def __init__(
-        self,
-        poems: list[TokenizedSonnet],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.poems, self.batch_size, self.seed = poems, batch_size * world_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.n_examples = len(poems)
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return sonnet_batch([self.data[row] for row in rows])
 
-    def __len__(self) -> int:
-        return -(-self.n_examples // self.batch_size)
+    def lengths(self) -> np.ndarray:
+        return np.array([len(poem.ids) for poem in self.data])
 
-    def longest(self, n: int) -> dict[str, Tensor]:
-        """A batch of the n longest poems."""
-        return sonnet_batch(sorted(self.poems, key=lambda poem: -len(poem.ids))[:n])
-
-    def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
-        """All poems once, in an order that seed and epoch fix; of each batch this process's share.
-
-        A process for which none is left takes the batch's first poem, with a weight of 0.
-        """
-        order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
-        for start in range(0, len(order), self.batch_size):
-            poems = [self.poems[i] for i in order[start : start + self.batch_size]]
-            own = poems[self.rank :: self.world_size]
-            n_targets, n_own = (sum(len(p.ids) - 1 for p in group) for group in (poems, own))
-            yield sonnet_batch(own or poems[:1]), Share(len(poems), n_own / n_targets)
+    def n_targets(self, rows: np.ndarray) -> int:
+        return sum(len(self.data[row].ids) - 1 for row in rows)
 
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, `prompt_lengths` [B], and for each
-    of the N real tokens its place in the flattened [B,T], `positions` [N], and the one that
-    follows it, `targets` [N].
+    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `prompt_lengths`
+    [B], and for each token, row by row, the one that follows it, `targets`.
     """
     lengths = torch.tensor([len(poem.ids) - 1 for poem in poems])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B,T]
@@ -504,7 +515,7 @@ def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
     return {
         "input_ids": input_ids,
         "attention_mask": mask.long(),
+        "token_index": torch.from_numpy(token_index(mask.numpy())),
         "prompt_lengths": torch.tensor([poem.prompt_length for poem in poems]),
-        "positions": mask.flatten().nonzero().squeeze(1),
         "targets": torch.tensor([token for poem in poems for token in poem.ids[1:]]),
     }

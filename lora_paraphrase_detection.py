@@ -29,8 +29,9 @@ from finetune.peft_format import start_lora, write_exports
 from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
 from finetune.report import write_paraphrase_record
 from finetune.runtime import make_runtime, seed_everything
+from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import load_pretrained
+from models.pretrained import find_checkpoint, load_tokenizer
 from modules.lora import LoRAConfig
 
 
@@ -51,7 +52,9 @@ def main() -> None:
     seed_everything(args.seed)
 
     # Load
-    gpt, tokenizer = load_pretrained(args.model_path or args.model_size)
+    folder = find_checkpoint(args.model_path or args.model_size)
+    gpt = GPT2Model.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
     paths = (args.para_train, args.para_dev, args.para_test)
     limits = (args.limit_train, args.limit_dev)
     train, dev, test = load_pairs(*paths, limits, tokenizer, gpt.config.n_positions)

@@ -31,7 +31,8 @@ from finetune.report import write_sonnet_record
 from finetune.runtime import make_runtime, seed_everything
 from finetune.sampling import Poet, SamplingConfig
 from finetune.sonnet_metrics import SonnetScorer
-from models.pretrained import load_pretrained
+from models.gpt2 import GPT2Model
+from models.pretrained import find_checkpoint, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig
 
@@ -55,7 +56,9 @@ def main() -> None:
     seed_everything(args.seed)
 
     # Load
-    gpt, tokenizer = load_pretrained(args.model_path or args.model_size)
+    folder = find_checkpoint(args.model_path or args.model_size)
+    gpt = GPT2Model.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
     paths = (args.sonnet_path, args.dev_sonnet_path, args.dev_gold_path, args.held_out_sonnet_path)
     limits = (args.limit_train, args.limit_dev)
     data = load_sonnets(*paths, limits, args.seed, tokenizer, gpt.config.n_positions)

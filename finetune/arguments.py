@@ -20,7 +20,7 @@ from finetune.loop import SCHEDULES, FitConfig
 from finetune.report import record_files, tensorboard_log
 from finetune.runtime import PRECISIONS, Runtime
 from finetune.sampling import SamplingConfig
-from models.gpt2 import SIZES
+from models.config import SIZES
 from modules.adapters import AdapterError
 from modules.lora import TARGETS, LoRAConfig
 from modules.reft import ACTIVATIONS, INTERVENTIONS, LOCATIONS, Positions, ReFTConfig

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from datasets import DataError, read_pairs
 from finetune.ending import run
 from finetune.runtime import RunError
-from models.gpt2 import SIZES
+from models.config import SIZES
 from models.pretrained import find_checkpoint, load_config, load_tokenizer
 
 COURSE = "https://raw.githubusercontent.com/cfifty/public_cs224n_gpt/HEAD/data"

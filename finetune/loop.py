@@ -21,6 +21,7 @@ from finetune.memory import describe_memory
 from finetune.progress import Progress
 from finetune.runtime import STEADIER, RunError, Runtime, random_state, set_random_state
 from modules.adapters import load_adapter_state
+from modules.reft import Intervention
 
 Batch = dict[str, Tensor]
 
@@ -129,9 +130,7 @@ class Updater:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lr_factor(config, batches_per_epoch)
         )
-        # Modules that hold their weights to a constraint, as LoReFT does, mend them after a step.
-        modules = (m for m in model.modules() if hasattr(m, "after_step"))
-        self.constrained = list(modules)
+        self.interventions = [m for m in model.modules() if isinstance(m, Intervention)]
         self.steps = 0
         half = runtime.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=half)
@@ -159,8 +158,8 @@ class Updater:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        for module in self.constrained:
-            module.after_step()
+        for intervention in self.interventions:
+            intervention.after_step()
         self.schedule.step()
         self.steps += 1
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score
 from tqdm import tqdm
 
-from datasets import ANSWERS, TokenizedPairs, make_batch, prediction_rows
+from datasets import ANSWERS, TokenizedPairs, pair_batch, prediction_rows
 from finetune.runtime import Runtime
 from models.paraphrase_gpt import ParaphraseGPT
 
@@ -27,9 +27,9 @@ def paraphrase_logits(
     batches = prediction_rows(data, PREDICTION_BATCH)
     own = []
     for rows in tqdm(runtime.mine(batches), name, leave=False, disable=not runtime.is_main):
-        batch = runtime.to_device(make_batch(data, rows))
+        batch = runtime.to_device(pair_batch(data, rows))
         with runtime.autocast():
-            own.append(model(batch["input_ids"], batch["attention_mask"], right_padded=True))
+            own.append(model(batch["input_ids"], batch["attention_mask"], batch["token_index"]))
     logits = torch.empty(len(data), 2)
     for rows, answers in zip(batches, runtime.gather([x.cpu() for x in own]), strict=True):
         logits[rows] = answers

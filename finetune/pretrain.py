@@ -23,7 +23,8 @@ from datasets import DataError
 from finetune.arguments import number, whole
 from finetune.ending import run
 from finetune.runtime import Runtime, make_runtime, seed_everything
-from models.gpt2 import SIZES, GPT2Config, GPT2Model
+from models.config import SIZES, GPT2Config
+from models.gpt2 import GPT2Model
 from models.pretrained import save_gpt2
 
 END_OF_TEXT = "<|endoftext|>"

@@ -1,7 +1,6 @@
 """What a run stands on: random seeds, device, precision, processes."""
 
 import contextlib
-import ctypes
 import os
 import random
 import re
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import describe_parameters
-from modules.linear import Linear
+from modules.kernels import accelerate
 
 Item = TypeVar("Item")
 PRECISIONS = {  # name -> autocast type
@@ -116,14 +115,15 @@ class Runtime:
         for layer in model.modules():
             if hasattr(layer, "gradient_checkpointing"):
                 layer.gradient_checkpointing = gradient_checkpointing
-            if self.autocast_dtype and isinstance(layer, Linear) and not layer.weight.requires_grad:
+            is_frozen = isinstance(layer, nn.Linear) and not layer.weight.requires_grad
+            if self.autocast_dtype and is_frozen:
                 for frozen in (layer.weight, layer.bias):
                     frozen.data = frozen.data.to(self.autocast_dtype)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         model.to(self.device)
         if compile:
             model.compile(dynamic=True)
+        else:
+            accelerate(model)
         print(f"{describe_parameters(model)}, on {self.device}")
         if self.world_size > 1:
             print(f"{self.world_size} processes, --batch_size is for each of them")
@@ -148,19 +148,6 @@ class Runtime:
             return int(peak[1]) / 2**10
         unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next step; no other C library is touched.
-
-    It hands them back to the system, and getting them again page by page took a tenth of a
-    training step and more.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most old ones take
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def make_runtime(use_gpu: bool, precision: str, deterministic: bool = False) -> Runtime:

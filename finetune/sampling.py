@@ -11,6 +11,7 @@ from torch import Tensor
 from datasets import Sonnet, poem_lines, tokenize_prompts
 from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
+from modules.kernels import prepacked
 from modules.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def generate(
     """
     if not rows:
         return []
-    with gpt.packed(len(rows), runtime.autocast_dtype or torch.float32):
+    with prepacked(gpt, len(rows), runtime.autocast_dtype or torch.float32):
         _grow(gpt, rows, end_of_text, config, runtime)
     return [row.text[: -1 if row.text[-1] == end_of_text else None] for row in rows]
 
@@ -159,26 +160,19 @@ def generate(
 def _grow(
     gpt: GPT2Model, rows: Sequence[Row], end_of_text: int, config: SamplingConfig, runtime: Runtime
 ) -> None:
-    active = list(rows)
-    prompts = [row.text for row in active]
-    n_new = max(row.longest - len(row.text) for row in active)
-    input_ids, mask = _left_padded(prompts, n_new, runtime.device)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=runtime.device)
-    padded = not bool(mask.all())
-    cache = KVCache(gpt.config.n_layer, mask.shape[1])
+    active, device = list(rows), runtime.device
+    lengths = [len(row.text) for row in active]
+    room = max(lengths) + max(row.longest - len(row.text) for row in active)
+    cache = KVCache(gpt.config.n_layer, len(active), room, device)
+    prompt_lengths = torch.tensor(lengths, device=device)
+    mask = (torch.arange(max(lengths), device=device) < prompt_lengths[:, None]).long()
+    padded = [row.text + [0] * (mask.shape[1] - len(row.text)) for row in active]
+    input_ids = torch.tensor(padded, device=device)
     while active:
-        past, end = cache.length, cache.length + input_ids.shape[1]
         with runtime.autocast():
-            h = gpt(
-                input_ids,
-                mask[:, :end] if padded else None,
-                position_ids[:, past:end],
-                right_padded=not padded,
-                cache=cache,
-                prompt_lengths=prompt_lengths,
-                last_only=True,
-            )["last_token"]
+            h = gpt(input_ids, mask, cache=cache, prompt_lengths=prompt_lengths, last_only=True)[
+                "last_token"
+            ]
         logits = gpt.hidden_state_to_token(h)  # [B,V]
         tokens = choose_tokens(logits, active, end_of_text, config)
         for row, token in zip(active, tokens, strict=True):
@@ -192,23 +186,10 @@ def _grow(
         ]
         if len(goes_on) < len(active):
             active = [active[i] for i in goes_on]
-            keep = torch.tensor(goes_on, dtype=torch.long, device=runtime.device)
-            mask, position_ids, prompt_lengths = (
-                x[keep] for x in (mask, position_ids, prompt_lengths)
-            )
+            keep = torch.tensor(goes_on, dtype=torch.long, device=device)
+            prompt_lengths = prompt_lengths[keep]
             cache.keep(keep)
-        input_ids = torch.tensor([[row.text[-1]] for row in active], device=runtime.device)
-
-
-def _left_padded(
-    prompts: Sequence[list[int]], n_new: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Ids [B,T] and mask [B,T+n_new]; padded on the left, rows grow at the same place."""
-    T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in prompts])
-    missing = torch.tensor([[T - len(prompt)] for prompt in prompts])
-    mask = (torch.arange(T + n_new) >= missing).long()
-    return ids.to(device), mask.to(device)
+        input_ids, mask = torch.tensor([[row.text[-1]] for row in active], device=device), None
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,17 @@ class ParaphraseGPT(nn.Module):
         self.register_buffer("answer_ids", torch.tensor(answer_ids), persistent=False)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None = None
     ) -> Tensor:
         """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: GPT2Model."""
-        states = self.gpt(input_ids, attention_mask, right_padded=right_padded, last_only=True)
-        h = states["last_token"]  # [B,C]
+        h = self.gpt(input_ids, attention_mask, token_index, last_only=True)["last_token"]  # [B,C]
         answers = self.gpt.word_embedding(self.answer_ids)  # [2,C]
-        # Not a matrix product, which autocast would round: near a logit of -100, say, bfloat16
-        # numbers are half a nat apart.
+        # Not a matmul, which autocast would round: near a logit of -100, say, bfloat16 numbers are
+        # half a nat apart.
         return (h.float()[:, None] * answers).sum(-1)
 
 
 def paraphrase_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy, in nats, over the two answers of a batch from `datasets.make_batch`."""
-    logits = model(batch["input_ids"], batch["attention_mask"], right_padded=True)
+    """Mean cross-entropy, in nats, over the two answers of a batch from `datasets.pair_batch`."""
+    logits = model(batch["input_ids"], batch["attention_mask"], batch.get("token_index"))
     return F.cross_entropy(logits, batch["labels"])

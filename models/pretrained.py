@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.gpt2 import SIZES, GPT2Config, GPT2Model
+from models.config import SIZES, GPT2Config
 from modules.adapters import is_adapter
 
 if TYPE_CHECKING:
@@ -83,8 +83,11 @@ def _find_on_hub(name: str) -> Path:
         ) from error
 
 
-def load_tokenizer(folder: Path) -> "GPT2TokenizerFast":
-    """The byte-level BPE tokenizer of a checkpoint folder."""
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "GPT2TokenizerFast":
+    """The byte-level BPE tokenizer of a checkpoint folder.
+
+    Raises CheckpointError for what is none, or not one for embeddings of `vocab_size` tokens.
+    """
     from transformers import GPT2TokenizerFast
 
     if not (folder / "tokenizer.json").exists():
@@ -99,6 +102,11 @@ def load_tokenizer(folder: Path) -> "GPT2TokenizerFast":
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be used: {first_line(error)}"
         ) from error
+    if vocab_size and not vocab_size / 2 <= len(tokenizer) <= vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
+            f"{vocab_size:,}: they do not belong together"
+        )
     return tokenizer
 
 
@@ -144,38 +152,22 @@ def load_config(folder: Path) -> GPT2Config:
     config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
     if config.n_embd % config.n_head:
         raise CheckpointError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
+    layer = 12 * config.n_embd**2  # its matrices alone
+    least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
+    size = sum(file.stat().st_size for file in _weight_files(folder) if file.exists())
+    if least > max(size, 10**8):  # before memory is asked for that there may not be
+        raise CheckpointError(
+            f"{path} makes a model of over {least:,} parameters, its weights have {size:,} bytes"
+        )
     return config
 
 
-def load_pretrained(name_or_folder: str | Path) -> "tuple[GPT2Model, GPT2TokenizerFast]":
-    """Model and tokenizer of a size in SIZES or of a checkpoint folder."""
-    folder = find_checkpoint(name_or_folder)
-    gpt, tokenizer = load_gpt2(folder), load_tokenizer(folder)
-    if not gpt.config.vocab_size / 2 <= len(tokenizer) <= gpt.config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
-            f"{gpt.config.vocab_size:,}: they do not belong together"
-        )
-    return gpt, tokenizer
-
-
-def load_gpt2(folder: Path) -> GPT2Model:
-    """The model of a checkpoint folder in float32, every name and shape checked."""
-    config, files = load_config(folder), _weight_files(folder)
-    layer = 12 * config.n_embd**2  # its matrices alone
-    least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
-    size = sum(file.stat().st_size for file in files if file.exists())
-    if least > max(size, 10**8):  # before memory is asked for that there may not be
-        raise CheckpointError(
-            f"{folder / 'config.json'} makes a model of over {least:,} parameters, "
-            f"its weights have {size:,} bytes"
-        )
-    with torch.device("meta"):
-        model = GPT2Model(config)
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a GPT2Model on the meta device its weights in float32, every name and shape checked."""
     model.to_empty(device="cpu")
     missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     unexpected = []
-    for path in files:
+    for path in _weight_files(folder):
         for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
             if name in missing:
@@ -187,10 +179,9 @@ def load_gpt2(folder: Path) -> GPT2Model:
             f"{folder} does not fit its config.json: missing {_some(missing)}, "
             f"unexpected {_some(unexpected)}"
         )
-    return model
 
 
-def save_gpt2(model: GPT2Model, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
+def save_gpt2(model: nn.Module, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` as `transformers.GPT2LMHeadModel` reads them.
 
     An adapter is left out: merge it first.

@@ -4,15 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.attention import CausalSelfAttention
-from modules.dropout import Dropout
 from modules.kv_cache import LayerCache
-from modules.linear import Linear
+from modules.padding import TokenLayout
 
 
 class GPT2Layer(nn.Module):
-    """h = x + dense(attention(norm(x))), then h + out(gelu(interm(norm(h)))).
+    """h = h + dense(attention(norm(h))), then h = h + out(gelu(interm(norm(h)))).
 
-    `after_attention` and `after_ffn` are empty places, for an adapter of the residual stream.
+    `after_attention` and `after_ffn` are hook points for an intervention on the residual stream.
     """
 
     def __init__(
@@ -21,35 +20,36 @@ class GPT2Layer(nn.Module):
         super().__init__()
         self.attention_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
         self.self_attention = CausalSelfAttention(n_embd, n_head, attn_pdrop)
-        self.attention_dense = Linear(n_embd, n_embd)
+        self.attention_dense = nn.Linear(n_embd, n_embd)
         self.out_layer_norm = nn.LayerNorm(n_embd, eps=norm_eps)
-        self.interm_dense = Linear(n_embd, 4 * n_embd)
-        self.out_dense = Linear(4 * n_embd, n_embd)
-        self.dropout = Dropout(resid_pdrop)
+        self.interm_dense = nn.Linear(n_embd, 4 * n_embd)
+        self.out_dense = nn.Linear(4 * n_embd, n_embd)
+        self.dropout = nn.Dropout(resid_pdrop)
         self.after_attention: nn.Module | None = None
         self.after_ffn: nn.Module | None = None
 
     def forward(
         self,
         h: Tensor,
-        attention_mask: Tensor | None = None,
+        layout: TokenLayout,
+        mask: Tensor | None = None,
         cache: LayerCache | None = None,
-        edited: Tensor | None = None,
-        only: Tensor | None = None,
+        intervened: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """[B,T,C] to [B,T,C], or to [B,1,C] of the positions `only`.
+        """[N,C] to [N,C], or with `last_only` to [B,C], the last token of each row.
 
-        Mask, cache and `only` are those of `CausalSelfAttention`. `edited`, bool [B,T,1], says
-        where adapters of the residual stream work, None everywhere.
+        Layout, mask and cache are those of `CausalSelfAttention`; `intervened`, bool [N,1], says
+        at which tokens the hook points act, None is all.
         """
-        y = self.self_attention(self.attention_layer_norm(h), attention_mask, cache, only)
-        if only is not None:
-            h = h.take_along_dim(only, 1)
-            edited = edited if edited is None else edited.take_along_dim(only, 1)
+        y = self.self_attention(self.attention_layer_norm(h), layout, mask, cache, last_only)
+        if last_only:
+            h = h[layout.last]
+            intervened = None if intervened is None else intervened[layout.last]
         h = h + self.dropout(self.attention_dense(y))
         if self.after_attention is not None:
-            h = self.after_attention(h, edited)
+            h = self.after_attention(h, intervened)
         # The GPT-2 weights were trained with the tanh form of GELU; the exact form drifts by 1e-3.
         y = F.gelu(self.interm_dense(self.out_layer_norm(h)), approximate="tanh")
         h = h + self.dropout(self.out_dense(y))
-        return h if self.after_ffn is None else self.after_ffn(h, edited)
+        return h if self.after_ffn is None else self.after_ffn(h, intervened)

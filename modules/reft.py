@@ -1,7 +1,7 @@
 """ReFT, representation fine-tuning (Wu et al. 2024, arXiv 2404.03592), for a finished GPT-2.
 
-The weights stay as they are; what is learned edits the residual stream h, after the attention
-sub-block or after the feed-forward sub-block of a layer, at all positions or at some of the prompt.
+The weights stay as they are. What is learned is an intervention on the residual stream h, after the
+attention or the feed-forward sub-block of a layer, at all positions or at some of the prompt's.
 """
 
 import math
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.adapters import AdapterError, chosen_layers, freeze_base
-from modules.dropout import Dropout
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # Not F.relu, whose slope at 0 is 0: (No)DiReFT starts at 0 and would stay there.
@@ -24,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "linear": lambda x: x,
 }
-LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> the place in a GPT2Layer
+LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> hook point of a GPT2Layer
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ReFTConfig:
                 raise AdapterError(f"ReFT {name} {list(chosen)}: allowed are {', '.join(allowed)}")
         if self.rank < 1 or not 0 <= self.dropout < 1:
             raise AdapterError(
-                f"ReFT rank {self.rank} has to be 1 or more, dropout {self.dropout} in [0, 1)"
+                f"ReFT rank {self.rank} must be 1 or more, dropout {self.dropout} in [0, 1)"
             )
         Positions.parse(self.positions)
 
@@ -71,23 +70,24 @@ class Positions:
         """`fN+lM`, `fN` or `lM`; None for `all`: every position, of the prompt and after it."""
         if text == "all":
             return None
-        match = re.fullmatch(r"f([0-9]+)(?:\+l([0-9]+))?|l([0-9]+)", text)
-        first, *last = match.groups(default="0") if match else "000"
-        positions = cls(int(first), max(map(int, last)))
-        if positions == cls(0, 0):
+        match = re.fullmatch(r"f(?P<first>[0-9]+)|(?:f(?P<f>[0-9]+)\+)?l(?P<last>[0-9]+)", text)
+        first = int(match["first"] or match["f"] or 0) if match else 0
+        last = int(match["last"] or 0) if match else 0
+        if first == last == 0:
             raise AdapterError(f"ReFT positions {text!r}: allowed are all, fN+lM, fN and lM")
-        return positions
+        return cls(first, last)
 
-    def of(self, position_ids: Tensor, prompt_lengths: Tensor) -> Tensor:
-        """Bool [B,T,1]; `position_ids` [B,T] or [T] count within a row, `prompt_lengths` [B]."""
-        length = prompt_lengths[:, None]
-        first, last = ((length // 2).clamp(max=n) for n in (self.first, self.last))
-        to_end = length - position_ids  # 1 for the last position of the prompt
-        return ((position_ids < first) | ((to_end > 0) & (to_end <= last)))[..., None]
+    def of(self, position: Tensor, prompt_length: Tensor) -> Tensor:
+        """Bool [N,1] of tokens at `position` [N] in rows whose prompts have `prompt_length` [N]."""
+        half = prompt_length // 2
+        to_end = prompt_length - position  # 1 for the last position of the prompt
+        first = position < half.clamp(max=self.first)
+        last = (to_end > 0) & (to_end <= half.clamp(max=self.last))
+        return (first | last)[:, None]
 
 
 class Intervention(nn.Module):
-    """h + dropout(edit(h)) where h is to be edited. The types below say what `edit` is.
+    """h + dropout(edit(h)). The classes below say what `edit` is.
 
     It is computed in float32, autocast or not: edits are small beside h.
     """
@@ -96,13 +96,13 @@ class Intervention(nn.Module):
         super().__init__()
         self.width, self.rank, self.scale = width, config.rank, config.alpha / config.rank
         self.act = ACTIVATIONS[config.activation]
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h: Tensor, edited: Tensor | None = None) -> Tensor:
-        """[B,T,C] to [B,T,C]; `edited` is a bool [B,T,1], None for everywhere."""
+    def forward(self, h: Tensor, intervened: Tensor | None = None) -> Tensor:
+        """[N,C] to [N,C]; where `intervened`, bool [N,1], is False, h stays as it is."""
         with torch.autocast(h.device.type, enabled=False):
             edit = self.dropout(self.edit(h.float()))
-            return h + (edit if edited is None else edit * edited)
+            return h + (edit if intervened is None else edit * intervened)
 
     def zeros(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.zeros(*shape))
@@ -110,6 +110,9 @@ class Intervention(nn.Module):
     def orthonormal(self) -> nn.Parameter:
         """[R,C] with orthonormal rows."""
         return nn.Parameter(nn.init.orthogonal_(torch.empty(self.rank, self.width)))
+
+    def after_step(self) -> None:
+        """Restore what an optimizer step may have broken: here, nothing."""
 
 
 class Adapter(Intervention):
@@ -125,27 +128,6 @@ class Adapter(Intervention):
         return F.linear(self.scale * self.act(F.linear(h, self.reft_W_down)), self.reft_W_up)
 
 
-class LoReFT(Intervention):
-    """h + R^T (act(W h + b) - R h), rows of R orthonormal, with W = R and b = 0 at first.
-
-    Fresh, it is the identity for the linear activation, the paper's; none else can be.
-    """
-
-    def __init__(self, width: int, config: ReFTConfig):
-        super().__init__(width, config)
-        self.reft_R = self.orthonormal()
-        self.reft_W = nn.Parameter(self.reft_R.detach().clone())
-        self.reft_b = self.zeros(self.rank)
-
-    def edit(self, h: Tensor) -> Tensor:
-        Wh, Rh = F.linear(h, torch.cat([self.reft_W, self.reft_R])).chunk(2, -1)
-        return (self.act(Wh + self.reft_b) - Rh) @ self.reft_R
-
-    def after_step(self) -> None:
-        """Make the rows of R orthonormal again."""
-        orthonormalize_(self.reft_R)
-
-
 class NoReFT(Intervention):
     """h + W2^T (act(W1 h + b) - W2 h): LoReFT without orthonormal rows; W1 = W2, b = 0 at first."""
 
@@ -156,25 +138,8 @@ class NoReFT(Intervention):
         self.reft_b = self.zeros(self.rank)
 
     def edit(self, h: Tensor) -> Tensor:
-        W1h, W2h = F.linear(h, torch.cat([self.reft_W1, self.reft_W2])).chunk(2, -1)
-        return (self.act(W1h + self.reft_b) - W2h) @ self.reft_W2
-
-
-class DiReFT(Intervention):
-    """h + R^T act(W h + b), rows of R orthonormal, with W = 0 and b = 0 at first."""
-
-    def __init__(self, width: int, config: ReFTConfig):
-        super().__init__(width, config)
-        self.reft_R = self.orthonormal()
-        self.reft_W = self.zeros(self.rank, width)
-        self.reft_b = self.zeros(self.rank)
-
-    def edit(self, h: Tensor) -> Tensor:
-        return self.act(F.linear(h, self.reft_W, self.reft_b)) @ self.reft_R
-
-    def after_step(self) -> None:
-        """Make the rows of R orthonormal again."""
-        orthonormalize_(self.reft_R)
+        W1h, W2h = F.linear(h, self.reft_W1, self.reft_b), F.linear(h, self.reft_W2)
+        return (self.act(W1h) - W2h) @ self.reft_W2
 
 
 class NoDiReFT(Intervention):
@@ -188,6 +153,45 @@ class NoDiReFT(Intervention):
 
     def edit(self, h: Tensor) -> Tensor:
         return self.act(F.linear(h, self.reft_W1, self.reft_b)) @ self.reft_W2
+
+
+class Orthonormal(Intervention):
+    """An intervention through a matrix R [R,C] whose rows are orthonormal after every step."""
+
+    def __init__(self, width: int, config: ReFTConfig):
+        super().__init__(width, config)
+        self.reft_R = self.orthonormal()
+        self.reft_b = self.zeros(self.rank)
+
+    def after_step(self) -> None:
+        """Make the rows of R orthonormal again."""
+        orthonormalize_(self.reft_R)
+
+
+class LoReFT(Orthonormal):
+    """h + R^T (act(W h + b) - R h), rows of R orthonormal, with W = R and b = 0 at first.
+
+    Fresh, it is the identity for the linear activation, the paper's; none else can be.
+    """
+
+    def __init__(self, width: int, config: ReFTConfig):
+        super().__init__(width, config)
+        self.reft_W = nn.Parameter(self.reft_R.detach().clone())
+
+    def edit(self, h: Tensor) -> Tensor:
+        Wh, Rh = F.linear(h, self.reft_W, self.reft_b), F.linear(h, self.reft_R)
+        return (self.act(Wh) - Rh) @ self.reft_R
+
+
+class DiReFT(Orthonormal):
+    """h + R^T act(W h + b), rows of R orthonormal, with W = 0 and b = 0 at first."""
+
+    def __init__(self, width: int, config: ReFTConfig):
+        super().__init__(width, config)
+        self.reft_W = self.zeros(self.rank, width)
+
+    def edit(self, h: Tensor) -> Tensor:
+        return self.act(F.linear(h, self.reft_W, self.reft_b)) @ self.reft_R
 
 
 INTERVENTIONS: dict[str, type[Intervention]] = {
@@ -211,7 +215,7 @@ def orthonormalize_(R: Tensor) -> None:
 
 
 def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
-    """Fill the empty places of a loaded GPT-2's layers and freeze all its weights."""
+    """Put interventions at the hook points of a loaded GPT-2 and freeze all its weights."""
     width = gpt.config.n_embd
     if config.rank > width:
         raise AdapterError(f"ReFT rank {config.rank} is more than the model's width, {width}")
@@ -221,5 +225,5 @@ def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
         for location in config.locations:
             intervention = INTERVENTIONS[config.type](width, config).to(device)
             setattr(layer, LOCATIONS[location], intervention.train(layer.training))
-    gpt.edit_positions = Positions.parse(config.positions)
+    gpt.intervention_positions = Positions.parse(config.positions)
     freeze_base(gpt)

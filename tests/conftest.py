@@ -1,17 +1,20 @@
 """Checkpoints and tokenizers that several tests start from."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import transformers
 
-from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
-from modules import linear
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED, load_tokenizer
+from modules import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
@@ -63,6 +66,15 @@ def run_script(
     return done
 
 
+def pyreft_interventions() -> ModuleType:
+    """pyreft's `interventions.py` alone: the package imports much that is not installed."""
+    path = Path(importlib.util.find_spec("pyreft").origin).parent / "interventions.py"
+    spec = importlib.util.spec_from_file_location("pyreft_interventions", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:
     """A small Hugging Face GPT-2, with weights large enough that a wrong detail shows."""
     torch.manual_seed(0)
@@ -100,17 +112,17 @@ def hf_folder(hf_model, tmp_path_factory):
 @pytest.fixture
 def gpt(hf_folder):
     """Our model with the weights of `hf_model`, dropout off."""
-    return load_gpt2(hf_folder).eval()
+    return GPT2Model.from_pretrained(hf_folder).eval()
 
 
 @pytest.fixture(params=["F.linear", "oneDNN"])
 def library(request, monkeypatch):
-    """What computes the float32 products of a CPU, small ones too."""
+    """What computes the float32 matmuls of a CPU, small ones too."""
     onednn = request.param == "oneDNN"
-    if onednn and not linear.can_pack(torch.ones(1)):
+    if onednn and not kernels.onednn_works():
         pytest.skip("PyTorch has no oneDNN for this CPU")
-    monkeypatch.setattr(linear, "onednn_leads", lambda: onednn)
-    monkeypatch.setattr(linear, "WORTH_IT", 0)
+    monkeypatch.setattr(kernels, "onednn_leads", lambda: onednn)
+    monkeypatch.setattr(kernels, "ONEDNN_MIN_SIZE", 0)
     return request.param
 
 

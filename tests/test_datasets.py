@@ -2,28 +2,30 @@
 
 import csv
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from datasets import (
     DataError,
     PairBatches,
     Sonnet,
     SonnetBatches,
+    TokenizedPairs,
     TokenizedSonnet,
     answer_ids,
     load_sonnets,
-    make_batch,
     make_prompt,
+    pair_batch,
     poem_lines,
     prediction_rows,
     read_pairs,
     read_sonnets,
     sonnet_batch,
     split_sonnets,
+    token_index,
     tokenize_pairs,
     tokenize_prompts,
     tokenize_sonnets,
@@ -196,54 +198,77 @@ def test_a_model_too_short_for_the_prompt_is_refused(pairs, gpt2_tokenizer):
 def test_an_epoch_has_every_pair_once_whole_and_labelled(pairs, nano_tokenizer):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
     batches = PairBatches(data, 12, seed=1)
-    seen = []
-    epoch = list(batches.epoch(0))
-    for batch, share in epoch:
-        assert share == (len(batch["rows"]), 1)
-        assert batch["labels"].tolist() == [row % 2 for row in batch["rows"].tolist()]
-        for ids, mask, row in zip(
-            *(batch[k] for k in ("input_ids", "attention_mask", "rows")), strict=True
-        ):
+    epoch, rows = list(batches.epoch(0)), list(batches.rows(0))
+    assert sorted(np.concatenate(rows).tolist()) == list(range(500))
+    assert len(epoch) == len(rows) == len(batches) == 42
+    for (batch, share), chosen in zip(epoch, rows, strict=True):
+        assert share == (len(chosen), 1)
+        assert batch["labels"].tolist() == [row % 2 for row in chosen.tolist()]
+        for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], chosen, strict=True):
             n = int(mask.sum())
             assert mask.tolist() == [1] * n + [0] * (len(mask) - n)
             start = data.starts[row]
             assert ids[:n].tolist() == data.tokens[start : start + data.lengths[row]].tolist()
-            seen.append(int(row))
-    assert sorted(seen) == list(range(500))
-    assert len(epoch) == len(batches) == 42
 
 
 def test_order_depends_on_seed_and_epoch_alone(pairs, nano_tokenizer):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
 
     def order(seed, epoch):
-        return torch.cat([b["rows"] for b, _ in PairBatches(data, 12, seed).epoch(epoch)]).tolist()
+        return np.concatenate(list(PairBatches(data, 12, seed).rows(epoch))).tolist()
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
     assert order(1, 0) != order(2, 0)
 
 
-def padding_share(data, batch_size):
-    real = padded = 0
-    for batch, _ in PairBatches(data, batch_size, seed=0).epoch(0):
-        real += int(batch["attention_mask"].sum())
-        padded += batch["attention_mask"].numel()
-    return 1 - real / padded
+def test_batches_tell_no_more_of_the_labels_than_random_draws():
+    """Paraphrases are shorter: batches of one length would be batches of one label."""
+    n, batch_size = 6000, 12
+    labels = np.arange(n) % 3 == 0
+    lengths = np.where(labels, 10, 30)
+    data = TokenizedPairs(
+        ids=list(map(str, range(n))),
+        labels=labels.astype(np.int64),
+        tokens=np.zeros(lengths.sum(), dtype=np.int32),
+        starts=lengths.cumsum() - lengths,
+        lengths=lengths,
+        shortened=0,
+    )
+    p = labels.mean()
+    expected = p * (1 - p) / batch_size * (n - batch_size) / (n - 1)  # hypergeometric
+    for seed in range(3):
+        batches = [batch for batch, _ in PairBatches(data, batch_size, seed).epoch(0)]
+        for values in (
+            [batch["labels"].float().mean().item() for batch in batches],
+            [(batch["attention_mask"].sum(1) == 10).float().mean().item() for batch in batches],
+        ):
+            assert np.var(values) == pytest.approx(expected, rel=4 * (2 / len(batches)) ** 0.5)
 
 
-@pytest.mark.parametrize("batch_size", [8, 12])
-def test_padding_on_real_pairs_is_under_five_percent(quora, gpt2_tokenizer, batch_size):
-    pairs = read_pairs(quora / "quora-train.csv", labelled=True)
-    assert len(pairs.ids) == 15_000
-    assert padding_share(tokenize_pairs(pairs, gpt2_tokenizer, 1024), batch_size) < 0.05
+def test_the_order_of_an_epoch_is_a_uniform_permutation():
+    poems = [TokenizedSonnet([i, 99], 1) for i in range(4)]
+    batches, n_epochs = SonnetBatches(poems, 1, seed=0), 4800
+    orders = Counter(tuple(np.concatenate(list(batches.rows(i)))) for i in range(n_epochs))
+    assert len(orders) == 24
+    chi_square = sum((count - n_epochs / 24) ** 2 / (n_epochs / 24) for count in orders.values())
+    assert chi_square < 50  # 23 degrees of freedom: 1 in 1,000 is above 49.7
+
+
+def test_a_token_index_is_the_tokens_then_padding_up_to_whole_tiles():
+    mask = np.arange(40) < np.array([[40], [7], [3]])
+    index = token_index(mask)
+    assert index[:50].tolist() == mask.ravel().nonzero()[0].tolist()
+    assert len(index) == 64
+    assert len(set(index.tolist())) == 64
+    assert len(token_index(mask[:1])) == 40  # there is no padding to take
 
 
 def test_prediction_batches_hold_every_pair_once(pairs, nano_tokenizer):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
     batches = prediction_rows(data, 64)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    assert make_batch(data, batches[0])["input_ids"].shape[1] == data.lengths.max()
+    assert pair_batch(data, batches[0])["input_ids"].shape[1] == data.lengths.max()
     assert max(map(len, batches)) == 64
 
 
@@ -254,12 +279,19 @@ def test_processes_share_each_batch_of_pairs_among_themselves(pairs, nano_tokeni
     alone = list(PairBatches(data, 12, seed=3).epoch(1))
     shares = [list(PairBatches(data, 4, 3, rank, world_size=3).epoch(1)) for rank in range(3)]
     for (whole, _), parts in zip(alone, zip(*shares, strict=True), strict=True):
+        n = len(whole["labels"])
         assert sum(share.weight for _, share in parts) == pytest.approx(1)
-        assert {share.n_examples for _, share in parts} == {len(whole["rows"])}
-        rows = [row for batch, share in parts if share.weight for row in batch["rows"].tolist()]
-        assert sorted(rows) == sorted(whole["rows"].tolist())
+        assert {share.n_examples for _, share in parts} == {n}
+        rows = [
+            ids[mask.bool()].tolist()
+            for batch, share in parts
+            if share.weight
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        whole_rows = zip(whole["input_ids"], whole["attention_mask"], strict=True)
+        assert sorted(rows) == sorted(ids[mask.bool()].tolist() for ids, mask in whole_rows)
         for batch, share in parts:
-            assert share.weight in (0, len(batch["rows"]) / len(whole["rows"]))
+            assert share.weight in (0, len(batch["labels"]) / n)
 
 
 def test_the_sample_pairs_are_what_their_readme_says(nano_tokenizer):
@@ -411,7 +443,7 @@ def test_each_real_token_predicts_the_one_after_it():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     ids = batch["input_ids"].flatten()
     pairs = [
-        (int(ids[p]), int(t)) for p, t in zip(batch["positions"], batch["targets"], strict=True)
+        (int(ids[p]), int(t)) for p, t in zip(batch["token_index"], batch["targets"], strict=False)
     ]
     assert pairs == [(5, 6), (6, 7), (7, 99), (8, 99)]
 

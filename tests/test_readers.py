@@ -14,7 +14,7 @@ from safetensors.torch import save
 from datasets import DataError, Pairs, make_prompt, read_pairs, read_sonnets, tokenize_pairs
 from finetune.checkpoint import read_adapter
 from finetune.peft_format import read_peft
-from models.gpt2 import GPT2Config
+from models.config import GPT2Config
 from models.pretrained import CheckpointError, load_config, read_tensors
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 150))

@@ -18,7 +18,8 @@ from datasets import SonnetBatches, read_sonnets, tokenize_sonnets
 from finetune.arguments import DATA
 from finetune.loop import FitConfig, Updater
 from finetune.runtime import Runtime, make_runtime, seed_everything
-from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, LoReFT, ReFTConfig, add_reft
@@ -30,7 +31,7 @@ FREE, PARAMETRIZED = "loreft, R free", "loreft, R parametrized"
 
 def make_model(folder: Path, name: str) -> nn.Module:
     """GPT-2 with the adapter of that name."""
-    gpt = load_gpt2(folder)
+    gpt = GPT2Model.from_pretrained(folder)
     if name == LORA:
         add_lora(gpt, LoRAConfig(rank=4))
         return SonnetGPT(gpt)

@@ -19,7 +19,8 @@ from datasets import read_sonnets, tokenize_prompts
 from finetune.arguments import DATA
 from finetune.runtime import Runtime, make_runtime
 from finetune.sampling import LineCounter, Row, SamplingConfig, generate
-from models.pretrained import BUNDLED, load_gpt2, load_tokenizer
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED, load_tokenizer
 from tests.benchmarks.peers import (
     add_model_arguments,
     find_model,
@@ -36,7 +37,7 @@ FLAGS = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "top_k": 0, "pad_t
 
 def ours(folder: Path, prompts: list[list[int]], n_new: int, runtime: Runtime):
     """A function that continues all prompts in a batch, this project's way."""
-    gpt = load_gpt2(folder).eval().requires_grad_(False)
+    gpt = GPT2Model.from_pretrained(folder).eval().requires_grad_(False)
     runtime.prepare(gpt, compile=False)
     config = SamplingConfig(temperature=1.2, top_p=0.9, min_lines=0)
 

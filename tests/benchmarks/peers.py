@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from finetune.runtime import PRECISIONS, make_runtime
-from models.gpt2 import SIZES
+from models.config import SIZES
 from models.pretrained import BUNDLED, find_checkpoint
-from modules.linear import product
+from modules.kernels import matmul
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,12 +119,12 @@ def matrix_rate(use_gpu: bool, precision: str) -> float:
     dtype = runtime.autocast_dtype or torch.float32
     size = 8192 if runtime.device.type == "cuda" else 4096
     a = torch.randn(size, size, device=runtime.device, dtype=dtype)
-    product(a, a)
+    matmul(a, a)
     synchronize(runtime.device)
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < 1:
         for _ in range(2):
-            product(a, a)
+            matmul(a, a)
         done += 2
         synchronize(runtime.device)
     return done * 2 * size**3 / (time.perf_counter() - started)

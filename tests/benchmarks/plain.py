@@ -46,7 +46,7 @@ class PlainLayer(nn.Module):
         self.dense = PlainLoRA(layer.attention_dense)
         self.interm = PlainLoRA(layer.interm_dense)
         self.out = PlainLoRA(layer.out_dense)
-        self.attn_dropout = nn.Dropout(layer.self_attention.dropout.p)
+        self.attn_dropout = nn.Dropout(layer.self_attention.dropout_p)
         self.dropout = nn.Dropout(layer.dropout.p)
 
     def attention(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -75,7 +75,9 @@ class PlainParaphrase(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(layer) for layer in gpt.gpt_layers)
         self.norm, self.answers = gpt.final_layer_norm, list(answers)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None = None
+    ) -> Tensor:
         B, T = input_ids.shape
         positions = torch.arange(T, device=input_ids.device)
         h = self.dropout(self.words(input_ids) + self.positions(positions))

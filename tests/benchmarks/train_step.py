@@ -32,8 +32,8 @@ from datasets import (
     PairBatches,
     SonnetBatches,
     answer_ids,
-    make_batch,
     make_prompt,
+    pair_batch,
     read_pairs,
     read_sonnets,
     tokenize_pairs,
@@ -43,8 +43,9 @@ from finetune.arguments import DATA
 from finetune.loop import FitConfig, Updater
 from finetune.memory import describe_memory
 from finetune.runtime import Runtime, make_runtime, seed_everything
+from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import load_gpt2, load_tokenizer
+from models.pretrained import load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from tests.benchmarks.peers import (
@@ -71,7 +72,9 @@ class PeftParaphrase(nn.Module):
         super().__init__()
         self.model, self.answers = with_peft(folder, rank), list(answers)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, right_padded: bool) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None = None
+    ) -> Tensor:
         gpt = self.model.base_model.model
         h = gpt.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(1) - 1
@@ -85,9 +88,10 @@ class PeftSonnet(nn.Module):
         super().__init__()
         self.model = with_peft(folder, rank)
 
-    def forward(self, input_ids, attention_mask, prompt_lengths, positions, targets) -> Tensor:
+    def forward(self, input_ids, attention_mask, token_index, prompt_lengths, targets) -> Tensor:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return F.cross_entropy(logits.flatten(0, 1)[positions].float(), targets)
+        states = logits.flatten(0, 1)[token_index[: len(targets)]]
+        return F.cross_entropy(states.float(), targets)
 
 
 def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
@@ -97,7 +101,7 @@ def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
     answers = answer_ids(load_tokenizer(folder))
     if name == PEFT:
         return PeftParaphrase(folder, answers, args.rank)
-    gpt = load_gpt2(folder)
+    gpt = GPT2Model.from_pretrained(folder)
     add_lora(gpt, LoRAConfig(rank=args.rank))
     if name == PLAIN:
         return PlainParaphrase(gpt, answers)
@@ -113,12 +117,19 @@ def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
         return [batch for batch, _ in SonnetBatches(poems[:n], args.batch_size, seed=0).epoch(0)]
     if args.length:
         ids = torch.randint(0, len(tokenizer), (n, args.length))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-        parts = zip(*(tensor.split(args.batch_size) for tensor in batch.values()), strict=True)
-        return [dict(zip(batch, part, strict=True)) for part in parts]
+        index = torch.arange(args.batch_size * args.length)
+        return [
+            {
+                "input_ids": part,
+                "attention_mask": torch.ones_like(part),
+                "token_index": index,
+                "labels": part[:, 0] % 2,
+            }
+            for part in ids.split(args.batch_size)
+        ]
     data = tokenize_pairs(read_pairs(args.pairs, labelled=True, limit=n), tokenizer, 512)
     order = np.random.default_rng(0).permutation(len(data))
-    return [make_batch(data, rows) for rows in np.split(order, len(data) // args.batch_size)]
+    return [pair_batch(data, rows) for rows in np.split(order, len(data) // args.batch_size)]
 
 
 def our_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
@@ -170,6 +181,7 @@ def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Ca
 
     def estimate() -> str:
         whole = max(batches, key=lambda batch: batch["input_ids"].shape[1])
+        whole = {name: tensor for name, tensor in whole.items() if name != "token_index"}
         rows = lambda n: {name: tensor[:n] for name, tensor in whole.items()}  # noqa: E731
         return describe_memory(model, loss, rows, args.batch_size, runtime)
 
@@ -232,7 +244,7 @@ def main() -> None:
     workers = {name: Worker(make_peer, args, folder, name) for name in names}
     for worker in workers.values():
         worker.ask("step tokens")  # it answers when it is ready
-    parameters = sum(p.numel() for p in load_gpt2(folder).gpt_layers.parameters())
+    parameters = sum(p.numel() for p in GPT2Model.from_pretrained(folder).gpt_layers.parameters())
     limit = matrix_rate(args.use_gpu, args.precision)
     results = {"gflops_limit": limit / 1e9}
     print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")

@@ -334,7 +334,7 @@ def test_weights_come_from_the_hub_and_then_from_the_cache(server, tmp_path):
     assert (snapshot / HUB_FILES[1]).read_bytes() == (made / HUB_FILES[1]).read_bytes()
 
     hub["HF_ENDPOINT"] = f"http://127.0.0.1:{closed_port()}"
-    code = "from models.pretrained import load_pretrained; print(load_pretrained('gpt2')[0].config)"
+    code = "from models.gpt2 import GPT2Model; print(GPT2Model.from_pretrained('gpt2').config)"
     done = run_python("-c", code, folder=tmp_path, **hub)
     assert "n_layer=3" in done.stdout, done.stderr
 

@@ -12,6 +12,7 @@ from finetune.loop import FitConfig, Updater, fit, lr_factor
 from finetune.runtime import RunError, Runtime
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
+from modules.reft import Intervention, ReFTConfig
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -160,14 +161,20 @@ def test_a_training_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
         run([[math.nan]], save=lambda record: pytest.fail("saved"))
 
 
-def test_a_module_that_holds_its_weights_to_a_constraint_mends_them_after_every_step():
-    class Positive(nn.Linear):
+def test_an_intervention_restores_its_constraint_after_every_step():
+    class Clamped(Intervention):
+        def __init__(self):
+            super().__init__(1, ReFTConfig(rank=1))
+            self.weight = nn.Parameter(torch.zeros(1, 1))
+
+        def forward(self, x):
+            return x @ self.weight
+
         def after_step(self):
             with torch.no_grad():
                 self.weight.clamp_(max=0.15)
 
-    model = Positive(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
+    model = Clamped()
     run([[1.0]] * 4, model=model, grad_accum=2, epochs=2)
     assert model.weight.item() == pytest.approx(0.15)  # four steps of 0.1 without the constraint
 

@@ -9,8 +9,8 @@ from finetune.ending import run
 from finetune.loop import FitConfig, Updater
 from finetune.memory import LiveMemory, step_memory
 from finetune.runtime import LESS_MEMORY, Runtime
+from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import load_gpt2
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.adapters import adapter_state
 from modules.lora import LoRAConfig, add_lora
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def train(folder, add, checkpointing, loss=sonnet_loss, steps=3):
     torch.manual_seed(5)
-    gpt = load_gpt2(folder)
+    gpt = GPT2Model.from_pretrained(folder)
     add(gpt)
     gpt.gradient_checkpointing = checkpointing
     model = SonnetGPT(gpt).train()
@@ -62,7 +62,7 @@ def test_with_gradient_checkpointing_every_adapter_trains_just_as_without(folder
 def test_checkpointing_takes_less_and_the_estimate_leaves_no_trace(folder):
     sizes = {}
     for checkpointing in (False, True):
-        gpt = load_gpt2(folder)
+        gpt = GPT2Model.from_pretrained(folder)
         add_lora(gpt, LoRAConfig(rank=2))
         gpt.gradient_checkpointing = checkpointing
         model = SonnetGPT(gpt).eval()
@@ -88,7 +88,7 @@ def test_live_memory_follows_what_is_made_and_dropped():
 
 
 def test_the_estimate_is_what_a_whole_batch_takes(nano_tokenizer):
-    gpt = load_gpt2(ROOT / "models" / "gpt2-nano")
+    gpt = GPT2Model.from_pretrained(ROOT / "models" / "gpt2-nano")
     add_lora(gpt, LoRAConfig(rank=2))
     model = ParaphraseGPT(gpt, (2, 3)).train()
     pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", labelled=True, limit=1)

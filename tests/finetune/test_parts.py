@@ -20,6 +20,7 @@ from finetune.predictions import write_metrics, write_paraphrase_predictions
 from finetune.runtime import RunError, Runtime, make_runtime, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import CheckpointError
+from modules.kernels import accelerate
 from modules.lora import LoRAConfig, add_lora
 from tests.conftest import Evil
 
@@ -149,6 +150,7 @@ def test_frozen_matrices_in_bfloat16_change_no_result(gpt, capsys):
     trained = [p for p in gpt.parameters() if p.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.1)
+    accelerate(gpt)
     model, ids = ParaphraseGPT(gpt, (7, 40)), torch.randint(0, 101, (3, 9))
     runtime = make_runtime(False, "bf16")
 

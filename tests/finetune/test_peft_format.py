@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from finetune.peft_format import export_merged, export_peft, start_lora
-from models.pretrained import CheckpointError, load_gpt2, load_tokenizer
+from models.gpt2 import GPT2Model
+from models.pretrained import CheckpointError, load_tokenizer
 from modules.adapters import adapter_state
 from modules.lora import TARGETS, LoRAConfig, LoRALinear, add_lora
 from tests.conftest import Evil, narrow_hf_model
@@ -53,7 +54,7 @@ def test_peft_loads_what_is_exported_and_it_comes_back_as_it_was(gpt, hf_folder,
     model = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
-    again = load_gpt2(hf_folder)
+    again = GPT2Model.from_pretrained(hf_folder)
     imported = start_lora(again, LoRAConfig(rank=7), tmp_path / "adapter")
     assert set(imported.targets) == set(config.targets)
     assert (imported.rank, imported.layers) == (config.rank, config.layers)
@@ -99,10 +100,10 @@ def test_adapters_that_peft_saves_are_read_in(hf_folder, tmp_path, settings, ran
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(IDS).logits
-    gpt = load_gpt2(hf_folder)
+    gpt = GPT2Model.from_pretrained(hf_folder)
     imported = start_lora(gpt, LoRAConfig(rank=7, dropout=0.3), tmp_path)
     assert (logits(gpt) - expected).abs().max() < 1e-4
-    assert (logits(load_gpt2(hf_folder)) - expected).abs().max() > 0.01
+    assert (logits(GPT2Model.from_pretrained(hf_folder)) - expected).abs().max() > 0.01
     assert (imported.rank, set(imported.targets), imported.layers) == (rank, set(targets), layers)
     assert imported.dropout == 0.3
     export_peft(gpt, imported, hf_folder, tmp_path / "out")
@@ -116,7 +117,7 @@ def test_a_fresh_adapter_of_peft_is_one_here_and_every_weight_of_it_trains(hf_fo
     model = transformers.GPT2LMHeadModel.from_pretrained(hf_folder)
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], **CONV1D)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
-    gpt = load_gpt2(hf_folder)
+    gpt = GPT2Model.from_pretrained(hf_folder)
     base = logits(gpt)
     start_lora(gpt, LoRAConfig(), tmp_path)
     assert torch.equal(logits(gpt), base)
@@ -144,7 +145,7 @@ def test_what_cannot_be_represented_is_refused_in_one_sentence(
     config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"]} | CONV1D | settings)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=sentence) as error:
-        start_lora(load_gpt2(hf_folder), LoRAConfig(), tmp_path)
+        start_lora(GPT2Model.from_pretrained(hf_folder), LoRAConfig(), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -188,7 +189,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(gpt, hf_folder, tmp_path, d
     export_peft(gpt, config, hf_folder, folder)
     damage(folder)
     with pytest.raises(CheckpointError, match=sentence) as error:
-        start_lora(load_gpt2(hf_folder), LoRAConfig(), folder)
+        start_lora(GPT2Model.from_pretrained(hf_folder), LoRAConfig(), folder)
     assert "\n" not in str(error.value)
     assert not (folder / "harm").exists()
 
@@ -199,7 +200,9 @@ def test_an_adapter_of_another_width_is_refused(gpt, hf_folder, tmp_path):
     export_peft(gpt, config, hf_folder, tmp_path / "adapter")
     narrow_hf_model(n_head=2).save_pretrained(tmp_path / "narrow")
     with pytest.raises(CheckpointError, match=r"changes a weight of \[32, 32\], .* is \[16, 16\]"):
-        start_lora(load_gpt2(tmp_path / "narrow"), LoRAConfig(), tmp_path / "adapter")
+        start_lora(
+            GPT2Model.from_pretrained(tmp_path / "narrow"), LoRAConfig(), tmp_path / "adapter"
+        )
 
 
 def test_a_merged_checkpoint_is_complete_and_gives_the_same_logits(
@@ -214,7 +217,9 @@ def test_a_merged_checkpoint_is_complete_and_gives_the_same_logits(
     assert model.dtype == torch.float32
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
-    assert torch.allclose(logits(load_gpt2(tmp_path / "merged")), expected, atol=1e-4)
+    assert torch.allclose(
+        logits(GPT2Model.from_pretrained(tmp_path / "merged")), expected, atol=1e-4
+    )
     for tokenizer in (
         transformers.AutoTokenizer.from_pretrained(tmp_path / "merged"),
         load_tokenizer(tmp_path / "merged"),
@@ -230,7 +235,9 @@ def test_weights_that_a_run_rounded_are_not_exported(gpt, hf_folder, nano_tokeni
         if isinstance(layer, LoRALinear):
             layer.weight.data = layer.weight.data.bfloat16()
     export_merged(gpt, LoRAConfig(rank=2), hf_folder, nano_tokenizer, tmp_path / "merged")
-    assert torch.allclose(logits(load_gpt2(tmp_path / "merged")), expected, atol=1e-5)
+    assert torch.allclose(
+        logits(GPT2Model.from_pretrained(tmp_path / "merged")), expected, atol=1e-5
+    )
 
 
 def test_a_folder_with_something_in_it_is_never_replaced(gpt, hf_folder, tmp_path):

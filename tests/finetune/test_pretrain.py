@@ -12,7 +12,8 @@ import transformers
 
 from datasets import DataError
 from finetune.pretrain import orthogonalize, random_windows, read_text
-from models.pretrained import load_gpt2, load_tokenizer
+from models.gpt2 import GPT2Model
+from models.pretrained import load_tokenizer
 from tests.conftest import ROOT
 
 
@@ -67,7 +68,7 @@ def test_the_command_writes_a_checkpoint_that_transformers_loads(text_folder, tm
     assert record["recipe"]["steps"] == 60
     assert record["held_out_nats_per_token"] < math.log(400) - 0.5
     assert 1 < record["held_out_bits_per_byte"] < 8
-    gpt = load_gpt2(tmp_path).eval()
+    gpt = GPT2Model.from_pretrained(tmp_path).eval()
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer) == gpt.config.vocab_size == 400

@@ -15,8 +15,9 @@ from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.ending import Interrupted
 from finetune.loop import FitConfig, fit
 from finetune.runtime import RunError, Runtime, seed_everything
+from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import CheckpointError, load_gpt2
+from models.pretrained import CheckpointError
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
 
@@ -48,7 +49,7 @@ class Run:
     def start(self, at_batch=lambda number, loss: loss, wanted=True):
         """`at_batch` is called with the number of a batch, from 1, and its loss."""
         seed_everything(1)
-        gpt = load_gpt2(self.base)
+        gpt = GPT2Model.from_pretrained(self.base)
         self.adapter(gpt)
         self.model, number = ParaphraseGPT(gpt, (5, 6)), 0
 

@@ -19,7 +19,8 @@ from finetune.sampling import (
     penalize_repetition,
     top_p_sample,
 )
-from models.pretrained import BUNDLED, load_gpt2
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED
 from modules.kv_cache import LayerCache
 from modules.lora import LoRAConfig, add_lora
 from tests.conftest import ROOT
@@ -65,7 +66,7 @@ def test_greedy_decoding_is_transformers_token_for_token_alone_and_in_a_batch(
 
 
 def test_greedy_decoding_is_transformers_on_the_bundled_model(nano_tokenizer):
-    gpt = load_gpt2(BUNDLED).eval()
+    gpt = GPT2Model.from_pretrained(BUNDLED).eval()
     hf = transformers.GPT2LMHeadModel.from_pretrained(BUNDLED, dtype=torch.float32).eval()
     sonnets = read_sonnets(ROOT / "data" / "sonnets_held_out.txt")
     prompts = tokenize_prompts(sonnets, nano_tokenizer, 512)
@@ -88,7 +89,9 @@ def test_the_sampled_text_of_a_row_does_not_depend_on_its_neighbours(gpt):
 def test_a_row_ends_at_its_own_length_and_takes_no_further_work(gpt, monkeypatch):
     batches, append = [], LayerCache.append
     monkeypatch.setattr(
-        LayerCache, "append", lambda self, k, v: batches.append(len(k)) or append(self, k, v)
+        LayerCache,
+        "append",
+        lambda self, k, *rest: batches.append(len(k)) or append(self, k, *rest),
     )
     rows = [Row(PROMPTS[0], (1, i), 4 + i, NO_LINES) for i in range(3)]
     texts = generate(gpt, rows, -1, SamplingConfig(min_lines=0), CPU)
@@ -158,7 +161,7 @@ def test_penalty_and_ban_by_hand():
 
 @pytest.fixture(scope="module")
 def poet(nano_tokenizer):
-    gpt = load_gpt2(BUNDLED)
+    gpt = GPT2Model.from_pretrained(BUNDLED)
     add_lora(gpt, LoRAConfig(rank=2))  # fresh, so it changes nothing
     return Poet(gpt, nano_tokenizer, SamplingConfig(max_new_tokens=300), 7, CPU)
 

@@ -14,7 +14,8 @@ from finetune.sonnet_metrics import (
     sonnet_form,
     words,
 )
-from models.pretrained import BUNDLED, load_gpt2
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED
 from models.sonnet_gpt import SonnetGPT
 from tests.conftest import ROOT
 
@@ -101,7 +102,7 @@ def test_a_copied_run_goes_over_line_ends_but_not_over_poems():
 
 def test_the_loss_of_poems_does_not_depend_on_batches(gold, nano_tokenizer):
     model, runtime = (
-        SonnetGPT(load_gpt2(BUNDLED).requires_grad_(False)),
+        SonnetGPT(GPT2Model.from_pretrained(BUNDLED).requires_grad_(False)),
         make_runtime(False, "fp32"),
     )
     poems = tokenize_sonnets(gold + gold[:6], nano_tokenizer, 512)  # more than one batch

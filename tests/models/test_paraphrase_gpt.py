@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from datasets import PairBatches, answer_ids, read_pairs, tokenize_pairs
 from finetune.loop import FitConfig, Updater
 from finetune.runtime import make_runtime
+from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import BUNDLED, load_gpt2
+from models.pretrained import BUNDLED
 from modules.lora import LoRAConfig, add_lora
 from tests.benchmarks.plain import PlainParaphrase
 from tests.conftest import ROOT
@@ -53,13 +54,14 @@ def test_loss_is_cross_entropy_of_the_labels(gpt):
 
 def test_fifty_steps_are_those_of_the_plain_way(library, nano_tokenizer):
     """Everything that makes our step quick, against an implementation that has none of it."""
-    gpt, answers = load_gpt2(BUNDLED), answer_ids(nano_tokenizer)
+    gpt, answers = GPT2Model.from_pretrained(BUNDLED), answer_ids(nano_tokenizer)
     add_lora(gpt, LoRAConfig(dropout=0.0))
     pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", labelled=True, limit=200)
     batches = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 4, seed=0)
     losses = []
     for model in (PlainParaphrase(gpt, answers), ParaphraseGPT(gpt, answers)):
         runtime = make_runtime(False, "fp32")
+        runtime.prepare(model)
         updater = Updater(model.train(), paraphrase_loss, FitConfig(lr=1e-3), 50, runtime)
         losses.append([])
         for batch, _ in batches.epoch(0):

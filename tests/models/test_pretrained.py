@@ -13,12 +13,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.gpt2 import SIZES
+from models.config import SIZES
+from models.gpt2 import GPT2Model
 from models.pretrained import (
     BUNDLED,
     CheckpointError,
     find_checkpoint,
-    load_gpt2,
     load_tokenizer,
     save_gpt2,
 )
@@ -49,7 +49,7 @@ def test_every_form_of_a_checkpoint_loads(hf_model, tmp_path, expected, form, na
         shard = "20KB" if form == "sharded" else "1GB"
         model.save_pretrained(tmp_path, max_shard_size=shard)
         assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (form == "sharded")
-    assert torch.allclose(logits(load_gpt2(tmp_path)), expected, atol=1e-5)
+    assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
 
 
 def test_the_masks_of_old_checkpoints_are_passed_over(hf_folder, tmp_path, expected):
@@ -58,14 +58,14 @@ def test_the_masks_of_old_checkpoints_are_passed_over(hf_folder, tmp_path, expec
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert torch.allclose(logits(load_gpt2(tmp_path)), expected, atol=1e-5)
+    assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
 
 
 def test_half_precision_files_load_as_float32(hf_model, tmp_path):
     hf_model.config.save_pretrained(tmp_path)
     state = {k: v.half() for k, v in hf_model.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert {p.dtype for p in load_gpt2(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in GPT2Model.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -78,7 +78,7 @@ def test_what_is_saved_loads_into_transformers(gpt, tmp_path, dtype):
     assert not report["unexpected_keys"]
     with torch.no_grad():
         theirs = hf.eval()(IDS).logits
-    assert torch.allclose(theirs, logits(load_gpt2(tmp_path)), atol=1e-4)
+    assert torch.allclose(theirs, logits(GPT2Model.from_pretrained(tmp_path)), atol=1e-4)
 
 
 def rewrite(folder, change) -> None:
@@ -122,7 +122,7 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sen
     shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
     BROKEN[sentence](tmp_path)
     with pytest.raises(CheckpointError, match=sentence) as error:
-        load_gpt2(tmp_path)
+        GPT2Model.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -130,7 +130,7 @@ def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
     hf_model.config.save_pretrained(tmp_path)
     torch.save({"wte.weight": Evil(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="mkdir, which could run code"):
-        load_gpt2(tmp_path)
+        GPT2Model.from_pretrained(tmp_path)
     assert not (tmp_path / "harm").exists()
 
 
@@ -167,7 +167,7 @@ def test_gpt2_from_the_hub_equals_transformers():
     folder = find_checkpoint("gpt2")
     ids = load_tokenizer(folder)("The capital of France is", return_tensors="pt")["input_ids"]
     hf = transformers.GPT2LMHeadModel.from_pretrained("gpt2", dtype=torch.float32).eval()
-    gpt = load_gpt2(folder).eval()
+    gpt = GPT2Model.from_pretrained(folder).eval()
     with torch.no_grad():
         ours = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
         assert torch.allclose(ours, hf(ids).logits, atol=1e-3)
@@ -196,12 +196,13 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     code = f"""
 import re
 from pathlib import Path
-from models.pretrained import BUNDLED, load_gpt2
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-load_gpt2(BUNDLED)
+GPT2Model.from_pretrained(BUNDLED)
 before = kib("VmRSS")
-model = load_gpt2(Path({str(tmp_path)!r}))
+model = GPT2Model.from_pretrained(Path({str(tmp_path)!r}))
 weights = sum(p.numel() for p in model.parameters()) * 4 / 1024
 print((kib("VmHWM") - before) / weights)
 """
@@ -213,7 +214,7 @@ def test_the_bundled_checkpoint_is_a_gpt2_for_transformers_too(nano_tokenizer):
     files = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "README.md"]
     assert sum((BUNDLED / name).stat().st_size for name in files) <= 12_000_000
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= 12_000_000
-    gpt = load_gpt2(find_checkpoint("gpt2-nano")).eval()
+    gpt = GPT2Model.from_pretrained(find_checkpoint("gpt2-nano")).eval()
     config = gpt.config
     assert (config.n_embd, config.n_layer, config.n_head) == SIZES["gpt2-nano"]
     hf, report = transformers.GPT2LMHeadModel.from_pretrained(
@@ -233,7 +234,7 @@ def test_the_bundled_checkpoint_is_a_gpt2_for_transformers_too(nano_tokenizer):
 
 def test_the_bundled_checkpoint_is_as_good_as_its_card_says():
     """The opening of Keats's Endymion; weights that went wrong somewhere give 4 bits a byte."""
-    gpt, tokenizer = load_gpt2(BUNDLED).eval(), load_tokenizer(BUNDLED)
+    gpt, tokenizer = GPT2Model.from_pretrained(BUNDLED).eval(), load_tokenizer(BUNDLED)
     text = (
         "A thing of beauty is a joy for ever:\nIts loveliness increases; it will never\n"
         "Pass into nothingness; but still will keep\nA bower quiet for us, and a sleep\n"

@@ -1,50 +1,27 @@
-"""The chunked next-token loss against PyTorch's cross-entropy and `transformers`' own loss."""
+"""The next-token loss against PyTorch's cross-entropy and `transformers`' own loss."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from datasets import TokenizedSonnet, sonnet_batch
-from models import sonnet_gpt
-from models.sonnet_gpt import NextTokenLoss, SonnetGPT, sonnet_loss
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.kernels import ChunkedNextTokenLoss
 from modules.lora import LoRAConfig, add_lora
+from modules.next_token_loss import NextTokenLoss
 
 POEMS = [[5, 9, 2, 7, 100], [3, 100], [8, 8, 4, 1, 6, 2, 100]]
 
 
-@pytest.mark.parametrize("n", [1, 4, 5, 11])
-def test_loss_and_gradient_equal_cross_entropy_over_chunks(library, n, monkeypatch):
-    monkeypatch.setattr(sonnet_gpt, "CHUNK", 4)
-    h, weight = torch.randn(n, 6, requires_grad=True), torch.randn(50, 6)
-    targets = torch.randint(0, 50, (n,))
-    ours, theirs = NextTokenLoss.apply(h, weight, targets), F.cross_entropy(h @ weight.T, targets)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
-    gradients = [torch.autograd.grad(3 * loss, h)[0] for loss in (ours, theirs)]
-    assert torch.allclose(*gradients, atol=1e-6)
-
-
-def test_no_logits_of_more_than_a_chunk_exist(monkeypatch):
-    monkeypatch.setattr(sonnet_gpt, "CHUNK", 4)
-    shapes, product = [], sonnet_gpt.product
-    monkeypatch.setattr(sonnet_gpt, "product", lambda x, w: shapes.append(len(x)) or product(x, w))
-    NextTokenLoss.apply(torch.randn(10, 6), torch.randn(50, 6), torch.zeros(10, dtype=torch.long))
-    assert shapes == [4, 4, 2]
-
-
-def test_a_large_common_logit_costs_no_precision_under_autocast():
+@pytest.mark.parametrize("kind", [NextTokenLoss, ChunkedNextTokenLoss])
+def test_a_large_common_logit_costs_no_precision_under_autocast(kind):
     h, weight = torch.randn(8, 6), torch.randn(50, 6)
     h[:, 0], weight[:, 0] = 10, -12  # all logits are near -120, where bfloat16 steps by a half
     targets = torch.randint(0, 50, (8,))
     expected = F.cross_entropy(h @ weight.T, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = NextTokenLoss.apply(h, weight, targets)
+        loss = kind()(h, weight, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_an_embedding_that_trains_is_refused():
-    weight = torch.randn(50, 6, requires_grad=True)
-    with pytest.raises(ValueError, match="freeze it"):
-        NextTokenLoss.apply(torch.randn(2, 6), weight, torch.tensor([1, 2]))
 
 
 def test_the_loss_is_transformers_own_whatever_stands_in_the_padding(hf_model, gpt):

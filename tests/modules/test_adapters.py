@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.pretrained import load_gpt2
+from models.gpt2 import GPT2Model
 from modules.adapters import (
     AdapterError,
     adapter_state,
@@ -68,7 +68,7 @@ def test_saved_state_comes_back_and_is_a_copy(gpt):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(gpt, hf_folder, settings, sentence):
-    other = load_gpt2(hf_folder)
+    other = GPT2Model.from_pretrained(hf_folder)
     add_lora(other, LoRAConfig(**settings))
     add_lora(gpt, LoRAConfig())
     with pytest.raises(AdapterError, match=sentence):

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 
 from modules.adapters import AdapterError, adapter_state, count_parameters
 from modules.kv_cache import KVCache
-from modules.reft import INTERVENTIONS, Positions, ReFTConfig, add_reft, orthonormalize_
+from modules.reft import (
+    INTERVENTIONS,
+    Intervention,
+    Positions,
+    ReFTConfig,
+    add_reft,
+    orthonormalize_,
+)
+from tests.conftest import pyreft_interventions
 
 C, R = 12, 3
 ACTIVATIONS = {
@@ -71,15 +79,10 @@ def test_forward_and_gradients_equal_the_formula(kind, activation, edited):
 
 @pytest.fixture(scope="module")
 def pyreft():
-    """pyreft's interventions; its package itself needs much that is not installed."""
-    spec = importlib.util.find_spec("pyreft")
-    if spec is None:
+    """pyreft's interventions."""
+    if importlib.util.find_spec("pyreft") is None:
         pytest.skip("pyreft is not installed")
-    path = f"{spec.submodule_search_locations[0]}/interventions.py"
-    spec = importlib.util.spec_from_file_location("pyreft_interventions", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return pyreft_interventions()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -141,7 +144,7 @@ def test_rows_of_R_stay_orthonormal_through_training_and_saving(gpt, kind):
         optimizer.step()
         optimizer.zero_grad()
         for module in gpt.modules():
-            if hasattr(module, "after_step"):
+            if isinstance(module, Intervention):
                 module.after_step()
         matrices = [p for name, p in adapter_state(gpt).items() if name.endswith("reft_R")]
         assert len(matrices) == 6
@@ -212,9 +215,9 @@ def test_dropout_works_on_the_edit_alone_and_in_training_alone():
 )
 def test_positions_are_counted_from_both_ends_of_the_prompt(text, length, expected):
     positions = torch.arange(12)  # some of them after the prompt
-    edited = Positions.parse(text).of(positions, torch.tensor([length]))
-    assert edited.shape == (1, 12, 1)
-    assert edited[0, :, 0].nonzero().flatten().tolist() == expected
+    intervened = Positions.parse(text).of(positions, torch.tensor([length]).expand(12))
+    assert intervened.shape == (12, 1)
+    assert intervened[:, 0].nonzero().flatten().tolist() == expected
 
 
 def test_all_is_every_position():
@@ -236,7 +239,7 @@ def test_other_positions_are_refused(text):
         ({"activation": "selu"}, "allowed are relu, gelu, tanh, linear"),
         ({"locations": ("mlp",)}, "allowed are attention, ffn"),
         ({"locations": ()}, "allowed are attention, ffn"),
-        ({"rank": 0}, "rank 0 has to be 1 or more"),
+        ({"rank": 0}, "rank 0 must be 1 or more"),
         ({"dropout": 1.0}, r"dropout 1.0 in \[0, 1\)"),
     ],
 )
@@ -274,15 +277,15 @@ def test_rows_of_different_lengths_and_the_cache_give_what_a_row_alone_gives(gpt
     lengths = torch.tensor([len(text) for text in texts])
     on_the_right = (torch.arange(T) < lengths[:, None]).long()
     on_the_left = on_the_right.flip(1)
-    cache, parts = KVCache(3, T), []
+    cache, parts = KVCache(3, 3, T), []
     with torch.no_grad():
         alone = [
             gpt(text[None], prompt_lengths=n[None])["last_hidden_state"][0]
             for text, n in zip(texts, prompts, strict=True)
         ]
         padded = gpt(right, on_the_right, prompt_lengths=prompts)["last_hidden_state"]
-        for start, end in ((0, 8), (8, 9), (9, 12)):
-            out = gpt(left[:, start:end], on_the_left[:, :end], cache=cache, prompt_lengths=prompts)
+        for part in (slice(0, 8), slice(8, 9), slice(9, 12)):
+            out = gpt(left[:, part], on_the_left[:, part], cache=cache, prompt_lengths=prompts)
             parts.append(out["last_hidden_state"])
     for row, text in enumerate(texts):
         assert torch.allclose(padded[row, : len(text)], alone[row], atol=1e-4)
@@ -296,7 +299,7 @@ def test_without_prompt_lengths_the_whole_row_is_the_prompt(gpt):
         found = gpt(ids, mask)["last_hidden_state"]
         told = gpt(ids, mask, prompt_lengths=torch.tensor([6, 4]))["last_hidden_state"]
     assert torch.equal(found, told)
-    cache = KVCache(3, 9)
+    cache = KVCache(3, 2, 9)
     gpt(ids, cache=cache)
     with pytest.raises(ValueError, match="needs prompt_lengths"):
         gpt(ids[:, :1], cache=cache)

@@ -1,0 +1,420 @@
+"""Faster ways to compute what the plain modules compute, behind one door: `accelerate(model)`."""
+
+import contextlib
+import ctypes
+import math
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.attention import CausalSelfAttention
+from modules.lora import LoRALinear
+from modules.next_token_loss import NextTokenLoss
+
+SWITCH = "GPT2_ACCELERATE"  # environment variable; 0 keeps the plain modules
+ONEDNN_MIN_SIZE = 5_000_000  # multiplications; oneDNN keeps 0.6 MB of code for each new shape
+LOSS_CHUNK = 128  # states whose logits exist at one time
+
+
+def accelerate(model: nn.Module) -> None:
+    """Swap the modules of a finished model for faster ones, which have the same parameters.
+
+    On every device:
+      LoRALinear           its own backward: keeps less, and adds by the matmul itself
+      NextTokenLoss        logits of 128 states at a time, their gradient made on the way
+    On a CPU:
+      nn.Dropout           masks cut as bytes from random words; p is rounded to a 256th
+      CausalSelfAttention  under dropout its own backward; one query by two small matmuls
+      nn.Linear            oneDNN where MKL lacks code for the CPU; `prepacked` for decoding
+      malloc               glibc keeps freed memory for the next step
+
+    What relies on a private operator of PyTorch is checked against the plain way first, and left
+    out, with a line that says so, if the operator is missing or differs. GPT2_ACCELERATE=0 in the
+    environment leaves all modules plain.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return
+    faster = {LoRALinear: FastLoRALinear, NextTokenLoss: ChunkedNextTokenLoss}
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
+        faster[nn.Dropout] = ByteDropout
+        if onednn_works():
+            faster[nn.Linear] = FastLinear
+        if attention_backward_works():
+            faster[CausalSelfAttention] = FastCausalSelfAttention
+    for module in model.modules():
+        module.__class__ = faster.get(type(module), type(module))
+
+
+def agrees(what: str, fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
+    """True if a private operator gives what the plain way gives; says so if it does not."""
+    try:
+        if torch.allclose(fast(), plain(), atol=1e-4):
+            return True
+        reason = "gives other results"
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+    print(f"running without {what}, which PyTorch {torch.__version__} lacks ({reason})")
+    return False
+
+
+# Matrix products, x W^T + b, outside autograd
+
+
+def matmul(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x W^T + b by the faster library; large float32 products of a CPU may go to oneDNN."""
+    if _use_onednn(x) and x.numel() * len(W) >= ONEDNN_MIN_SIZE:
+        return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
+    return F.linear(x, W, b)
+
+
+def add_matmul(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """y + x W^T, in place, of matrices."""
+    if _use_onednn(x) and y.numel() * x.shape[1] >= ONEDNN_MIN_SIZE:
+        return y.add_(matmul(x, W))
+    return y.addmm_(x, W.T)
+
+
+def _use_onednn(x: Tensor) -> bool:
+    plain_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and plain_float32 and onednn_leads()
+
+
+@cache
+def onednn_leads() -> bool:
+    """MKL, which F.linear calls, has AVX-512 code for Intel's CPUs alone, oneDNN for all.
+
+    On two cores of an AMD EPYC (Zen 5) oneDNN makes 450 GFLOP/s in float32, MKL 200.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+    return has_avx512 and is_amd and onednn_works()
+
+
+@cache
+def onednn_works() -> bool:
+    """Is oneDNN there with this CPU's vector instructions, and its result right?"""
+    has_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not (has_vectors and torch.backends.mkldnn.is_available()):
+        return False
+    x, W, b = torch.ones(3, 32), torch.arange(64.0).view(2, 32) / 64, torch.ones(2)
+
+    def by_onednn() -> Tensor:
+        outputs = [torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")]
+        outputs.append(prepacked_linear(x, prepack(W, rows=3), b))
+        return torch.stack(outputs)
+
+    return agrees("oneDNN's matmuls", by_onednn, lambda: F.linear(x, W, b).expand(2, 3, 2))
+
+
+class OneDNNMatmul(torch.autograd.Function):
+    """x W^T + b of x [...,in] with the gradients of all three."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        return matmul(x, W, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, W), (needs_x, needs_W, needs_b) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # [N,out]
+        grad_x = matmul(grad, W.T) if needs_x else None
+        grad_W = matmul(rows.T, x.flatten(0, -2).T) if needs_W else None
+        return grad_x, grad_W, rows.sum(0) if needs_b else None
+
+
+class FastLinear(nn.Linear):
+    """W x + b by the faster library."""
+
+    prepacked: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.prepacked is not None:
+            return prepacked_linear(x, self.prepacked, self.bias)
+        if _use_onednn(x):
+            return OneDNNMatmul.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+# Dropout
+
+
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """y, its mask, and the scale that is missing: y * scale is x after dropout.
+
+    On a CPU the mask is cut as bytes from 64-bit random words: a fifteenth of the time in which
+    `F.dropout` draws a number for each element.
+    """
+    if x.device.type != "cpu":
+        return *torch.native_dropout(x, p, True), 1.0
+    n_dropped = min(255, round(256 * p))  # of the 256 values of a byte
+    seed = int(torch.randint(2**62, ()))  # so that PyTorch's generator decides it all
+    words = np.random.SFC64(seed).random_raw(math.ceil(x.numel() / 8))
+    mask = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)
+    mask.ge_(n_dropped)  # in place: the comparison to a tensor of bool is 15 times slower
+    return mask.to(x.dtype).mul_(x), mask, 256 / (256 - n_dropped)
+
+
+def drop_gradient(grad: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The gradient of x from that of the y of `drop`."""
+    if mask.dtype == torch.bool:
+        return torch.ops.aten.native_dropout_backward(grad, mask, 1 / (1 - p))
+    return mask.to(grad.dtype).mul_(grad)
+
+
+class _Drop(torch.autograd.Function):
+    """Saves a byte for each element."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        y, mask, ctx.scale = drop(x, p)
+        ctx.p = p
+        ctx.save_for_backward(mask)
+        return y.mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return drop_gradient(grad, ctx.saved_tensors[0], ctx.p).mul_(ctx.scale), None
+
+
+class ByteDropout(nn.Dropout):
+    """x * mask / (1 - p), p rounded to a 256th, and the scale exact for the rounded p."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Drop.apply(x, self.p) if self.training and self.p else x
+
+
+# LoRA
+
+
+class FastLoRALinear(LoRALinear):
+    """W x + b + (alpha/r) B A dropout(x) in one autograd function."""
+
+    prepacked: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.prepacked is not None:
+            return prepacked_linear(x, self.prepacked, self.bias)
+        if self.merged:
+            return super().forward(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        tensors = (x, self.weight, self.bias, self.lora_A, self.block_B())
+        x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
+        p = self.dropout.p if self.training else 0.0
+        y = LoRAMatmul.apply(x.flatten(0, -2), W, b, A, B, self.scale, p)
+        return y.view(*x.shape[:-1], -1)
+
+
+class LoRAMatmul(torch.autograd.Function):
+    """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A and B.
+
+    Keeps of x what dropout left, a mask of bytes and A dropout(x). One matmul adds to the other:
+    where BLAS does it, the sum is no pass of its own over the memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, p: float):
+        dropped, mask, left = drop(x, p) if p else (x, None, 1.0)
+        z = matmul(dropped, A)  # [N,nR]
+        ctx.scale, ctx.p = scale * left, p
+        ctx.save_for_backward(dropped, mask, z, W, A, B)
+        return add_matmul(matmul(x, W, b), z * ctx.scale, B)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dropped, mask, z, W, A, B = ctx.saved_tensors
+        grad_z = matmul(grad, B.T) * ctx.scale
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul(grad_z, A.T)
+            if ctx.p:
+                grad_x = drop_gradient(grad_x, mask, ctx.p)
+            add_matmul(grad_x, grad, W.T)
+        grad_A, grad_B = matmul(grad_z.T, dropped.T), matmul(z.T, grad.T).T * ctx.scale
+        return grad_x, None, None, grad_A, grad_B, None, None
+
+
+# Attention
+
+
+class FastCausalSelfAttention(CausalSelfAttention):
+    """By `cpu_attention` where PyTorch is slow on a CPU: under dropout, and for a single query."""
+
+    @staticmethod
+    def scaled_dot_product_attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        if not dropout_p and q.shape[2] > 1:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
+        with torch.autocast("cpu", enabled=False):
+            return cpu_attention(q.float(), k.float(), v.float(), attn_mask, dropout_p, is_causal)
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool
+) -> Tensor:
+    """`F.scaled_dot_product_attention` of float32 q [B,H,T,D] and k, v [B,H,S,D]."""
+    (B, H, T, _), S = q.shape, k.shape[2]
+    bias = q.new_zeros(1)  # added to the scores: -inf where a query may not attend
+    if is_causal:
+        bias = q.new_full((T, S), -torch.inf).triu_(1)
+    elif mask is not None:
+        bias = torch.where(mask, bias, -torch.inf).expand(B, H, T, S).flatten(0, 1)
+    return AttentionMatmul.apply(q, k, v, bias, p)
+
+
+class AttentionMatmul(torch.autograd.Function):
+    """dropout(softmax(q k^T / sqrt(D) + bias)) v.
+
+    Keeps the softmax and a mask of bytes; autograd would keep what dropout left as well.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, p: float) -> Tensor:
+        ctx.heads, ctx.p, ctx.scale = q.shape[:2], p, q.shape[3] ** -0.5
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        weights = torch.baddbmm(bias, q, k.mT, alpha=ctx.scale).softmax(2)  # [BH,T,S]
+        dropped, mask, ctx.left = drop(weights, p) if p else (weights, None, 1.0)
+        ctx.save_for_backward(q, k, v, weights, mask)
+        return (dropped @ v).mul_(ctx.left).unflatten(0, ctx.heads)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, weights, mask = ctx.saved_tensors
+        grad = grad.flatten(0, 1) * ctx.left
+        dropped, grad_weights = weights, grad @ v.mT
+        if ctx.p:
+            dropped, grad_weights = (drop_gradient(x, mask, ctx.p) for x in (weights, grad_weights))
+        softmax_backward = torch.ops.aten._softmax_backward_data
+        grad_scores = softmax_backward(grad_weights, weights, 2, weights.dtype).mul_(ctx.scale)
+        grads = (grad_scores @ k, grad_scores.mT @ q, dropped.mT @ grad)
+        return *(x.unflatten(0, ctx.heads) for x in grads), None, None
+
+
+@cache
+def attention_backward_works() -> bool:
+    """Is the gradient of `cpu_attention`, for which a private operator is used, right?"""
+    q = torch.arange(8.0).view(1, 1, 4, 2).requires_grad_()
+
+    def gradient(attention: Callable[..., Tensor]) -> Tensor:
+        with torch.enable_grad():
+            y = attention(q, q.detach(), q.detach(), None, 0.0, True)
+            return torch.autograd.grad(y.square().sum(), q)[0]
+
+    plain = F.scaled_dot_product_attention
+    return agrees("its own attention", lambda: gradient(cpu_attention), lambda: gradient(plain))
+
+
+# The next-token loss
+
+
+class ChunkedNextTokenLoss(NextTokenLoss):
+    """The same with the logits of some states at a time, of a weight that is not trained."""
+
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if weight.requires_grad:
+            return super().forward(h, weight, targets)
+        return _ChunkedLoss.apply(h, weight, targets)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradient of h is made on the way forward, so no matmul more is done than by autograd."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total, gradients = 0.0, []
+        with torch.autocast(h.device.type, enabled=False):
+            for h_part, target in zip(h.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+                logits = matmul(h_part.float(), weight)  # [chunk,V]
+                log_z = logits.logsumexp(1, keepdim=True)
+                total = total + (log_z - logits.gather(1, target[:, None])).sum()
+                if ctx.needs_input_grad[0]:
+                    p = logits.sub_(log_z).exp_()
+                    p.scatter_add_(1, target[:, None], p.new_full((len(p), 1), -1.0))
+                    gradients.append(matmul(p, weight.T))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients).div_(len(h)))
+            ctx.dtype = h.dtype
+        return total / len(h)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return (ctx.saved_tensors[0] * grad_output).to(ctx.dtype), None, None
+
+
+# Decoding
+
+
+def prepack(weight: Tensor, rows: int) -> Tensor:
+    """A copy of a weight in oneDNN's blocks, for matmuls with about `rows` rows.
+
+    Twelve rows through all of gpt2's matrices, its LM head included, take 35 ms that way on two
+    AVX-512 cores, and 77 by F.linear.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+
+def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b with a prepacked W, in its type."""
+    bias = bias if bias is None else bias.to(weight.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def prepacked(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
+    """Within, an accelerated GPT-2 on a CPU decodes about `rows` rows with prepacked weights.
+
+    They are copies in `dtype` with LoRA merged in, and take as much memory again. Elsewhere, and
+    where the model is not accelerated, nothing changes.
+    """
+    layers = [m for m in gpt.modules() if isinstance(m, FastLinear | FastLoRALinear)]
+    layers = [m for m in layers if m.weight.device.type == "cpu" and onednn_works()]
+    try:
+        for layer in layers:
+            merged = layer.effective_weight() if isinstance(layer, LoRALinear) else layer.weight
+            layer.prepacked = prepack(merged.to(dtype), rows)
+        if layers:
+            gpt.hidden_state_to_token = _prepacked_head(gpt.word_embedding.weight, rows, dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.prepacked = None
+        gpt.__dict__.pop("hidden_state_to_token", None)  # the method is back
+
+
+def _prepacked_head(weight: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The LM head as a function: float32 logits [B,V] of states [B,C].
+
+    In 16 bits the mean row is subtracted first and its logit added back in float32: what all tokens
+    have in common is not rounded, and the rest is small, and so is its rounding.
+    """
+    weight = weight.detach()
+    mean_row = None if dtype == torch.float32 else weight.mean(0)
+    head = prepack(weight if mean_row is None else (weight - mean_row).to(dtype), rows)
+
+    def hidden_state_to_token(h: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            logits = prepacked_linear(h, head).float()
+            return logits if mean_row is None else logits.add_((h.float() @ mean_row)[:, None])
+
+    return hidden_state_to_token
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step; no other C library is touched.
+
+    It hands them back to the system, and getting them again page by page took a tenth of a
+    training step and more.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most old ones take
+        mallopt(trim_threshold, 2**31 - 1)

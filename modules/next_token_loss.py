@@ -1,0 +1,14 @@
+"""The loss of a language model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of softmax(W h), in nats per token, computed in float32."""
+
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """A scalar from states h [N,C], the LM head's weight [V,C] and the token ids [N]."""
+        with torch.autocast(h.device.type, enabled=False):
+            return F.cross_entropy(F.linear(h.float(), weight), targets)

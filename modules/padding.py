@@ -1,0 +1,109 @@
+"""A batch without its padding: layers see the N tokens, [N,C]; attention alone needs rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the N tokens of a batch are in its B rows, each of which starts at position 0.
+
+    Left padding and holes in a mask are closed up, so every mask becomes a causal one.
+    """
+
+    shape: tuple[int, int]  # B, T
+    source: Tensor | None  # int64 [N], where each token is in the flattened input; None: all B*T
+    index: Tensor | None  # int64 [N], where it is in the flattened rows
+    row: Tensor  # int64 [N]
+    position: Tensor  # int64 [N], within its row, cached tokens counted
+    lengths: Tensor  # int64 [B], without those cached
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_index: Tensor | None = None,
+        cached: Tensor | None = None,
+    ) -> "TokenLayout":
+        """The layout of `input_ids` [B,T] with 1 in `attention_mask` [B,T] where a token is.
+
+        `token_index` [N], for rows padded on the right, says the same without reading the mask,
+        for which a GPU would have to be waited for. It may end in some padding positions: no
+        token attends to them. `cached` [B] counts each row's tokens before these.
+        """
+        (B, T), device = input_ids.shape, input_ids.device
+        source, index = token_index, token_index
+        if attention_mask is None:
+            place = torch.arange(B * T, device=device)
+            lengths = torch.full((B,), T, device=device)
+        elif token_index is not None:
+            place, lengths = token_index, attention_mask.sum(1)
+        else:
+            source, lengths = attention_mask.flatten().nonzero().squeeze(1), attention_mask.sum(1)
+            position = attention_mask.cumsum(1).flatten()[source] - 1
+            place = index = source // T * T + position
+        row, position = place // T, place % T
+        if cached is not None:
+            position = position + cached[row]
+        return cls((B, T), source, index, row, position, lengths)
+
+    @property
+    def last(self) -> Tensor:
+        """int64 [B], which of the N tokens is the last of each row."""
+        return self.lengths.cumsum(0) - 1
+
+    def tokens_of(self, input_ids: Tensor) -> Tensor:
+        """The N tokens of the input [B,T]."""
+        return input_ids.flatten() if self.source is None else input_ids.flatten()[self.source]
+
+    def in_place(self, x: Tensor) -> Tensor:
+        """[N,...] to [B,T,...] with every token where it was in the input, zeros for padding."""
+        return self._scatter(x, self.source)
+
+    def visible(self, n_cached: int) -> Tensor:
+        """Which of `n_cached` + T slots each query may attend to, bool [B,1,T,S]."""
+        slot = torch.arange(n_cached + self.shape[1], device=self.position.device)
+        return (slot <= self.to_rows(self.position)[..., None])[:, None]
+
+    def visible_to_last(self, mask: Tensor | None) -> Tensor:
+        """The rows of a mask [B,1,T,S], None being the causal one, of each row's last token."""
+        if mask is None:
+            slot = torch.arange(self.shape[1], device=self.lengths.device)
+            return (slot < self.lengths[:, None])[:, None, None]  # [B,1,1,S]
+        return mask.take_along_dim(self.lengths.view(-1, 1, 1, 1) - 1, 2)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """[N,...] to [B,T,...] with zeros for padding."""
+        return self._scatter(x, self.index)
+
+    def _scatter(self, x: Tensor, index: Tensor | None) -> Tensor:
+        B, T = self.shape
+        if index is not None:
+            x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, index, x)
+        return x.unflatten(0, (B, T))
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """[B,T,...] to [N,...], without padding."""
+        x = rows.flatten(0, 1)
+        return x if self.index is None else take(x, self.index)
+
+
+class _Take(torch.autograd.Function):
+    """x[index] for distinct indices: the gradient is copied, where autograd would add it up."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, index, grad), None
+
+
+take = _Take.apply
