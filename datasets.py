@@ -1,10 +1,9 @@
-"""Question pairs and sonnets from file to batch: read, check, phrase, tokenize, pad."""
+"""Question pairs and sonnets from text to batch: prompt, tokenize, pad."""
 
-import csv
-import re
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,42 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.pairs import Pairs, read_pairs
+from data.sonnets import Sonnet, read_sonnets, split_sonnets
+from modules.settings import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
-LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
-LONGEST_LINE = 10_000_000  # bytes
-LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
 TILE = 16  # tokens; matmuls have few different shapes, for each of which oneDNN keeps code
-SONNET_NUMBER = re.compile(r"\s*([0-9]{1,9})\s*")
-GIVEN_LINES = 3  # of a sonnet to be continued
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message is one sentence."""
-
-
-@dataclass
-class Pairs:
-    """The usable rows of a question-pair file, and the lines left out, by reason."""
-
-    path: Path
-    ids: list[str] = field(default_factory=list)
-    first: list[str] = field(default_factory=list)
-    second: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)  # empty for a file without labels
-    left_out: dict[str, list[int]] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line: how many rows were read, how many left out, why and where."""
-        text = f"{self.path}: {len(self.ids):,} pairs"
-        for reason, lines in self.left_out.items():
-            where = ", ".join(map(str, lines[:10]))
-            more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
-            text += f"; left out {len(lines)} with {reason} (line {where}{more})"
-        return text
 
 
 @dataclass
@@ -66,105 +39,6 @@ class TokenizedPairs:
         return len(self.ids)
 
 
-def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
-    """Read a tab-separated file: columns id, sentence1, sentence2 and, if labelled, is_duplicate.
-
-    `limit` keeps only the first so many usable rows. Raises DataError for an unusable file.
-    """
-    path = Path(path)
-    lines = _read_lines(path)
-    csv.field_size_limit(LONGEST_LINE)
-    header = [name.strip() for name in _parse(lines[0]) or []]
-    wanted = ["id", "sentence1", "sentence2"] + ["is_duplicate"] * labelled
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise DataError(
-            f"{path} has no column {', '.join(missing)}: its first line must be a tab-separated "
-            f"header with {', '.join(wanted)}"
-        )
-    columns = [header.index(name) for name in wanted]
-    pairs = Pairs(path)
-    for line_number, row in _records(lines, len(header)):
-        if limit is not None and len(pairs.ids) == limit:
-            break
-        values = [row[column].strip() for column in columns] if row else []
-        fault = _fault(values)
-        if fault:
-            pairs.left_out.setdefault(fault, []).append(line_number)
-            continue
-        pairs.ids.append(values[0])
-        pairs.first.append(values[1])
-        pairs.second.append(values[2])
-        pairs.labels.extend(LABELS[label] for label in values[3:])
-    if not pairs.ids:
-        raise DataError(f"no usable row in {pairs.summary()}")
-    return pairs
-
-
-def _read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file without their ends; an empty one behind the last end."""
-    lines, raw, number = [], b"\n", 0
-    try:
-        with open(path, "rb") as file:
-            while raw.endswith(b"\n"):
-                raw, number = file.readline(LONGEST_LINE + 1), number + 1
-                if len(raw) > LONGEST_LINE:
-                    raise DataError(f"{path}: line {number} is longer than {LONGEST_LINE:,} bytes")
-                if b"\0" in raw:
-                    raise DataError(f"{path} is not UTF-8 text: line {number} has a NUL byte")
-                lines.append(raw.removesuffix(b"\n").removesuffix(b"\r").decode())
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist: see data/README.md for where to get it") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text: line {number} cannot be read") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    lines[0] = lines[0].removeprefix("\ufeff")
-    return lines
-
-
-def _parse(text: str) -> list[str] | None:
-    """The fields of one record, None where a quote stays open; no field where it is no record."""
-    try:
-        rows = list(csv.reader([text, "next"], delimiter="\t"))
-    except csv.Error:
-        return []
-    return rows[0] if len(rows) == 2 else None
-
-
-def _records(lines: list[str], n_fields: int) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each record after the header; no fields for a faulty one.
-
-    A quoted question may run over several lines, but a stray quote costs its own line only, not
-    all up to the next quote in the file.
-    """
-    i = 1
-    while i < len(lines):
-        for length in range(1, LONGEST_RECORD + 1):
-            row = _parse("\n".join(lines[i : i + length]))
-            if row is not None:
-                break
-        if row is None or len(row) != n_fields or any("\t" in value for value in row):
-            row, length = [], 1
-        if lines[i].strip():
-            yield i + 1, row
-        i += length
-
-
-def _fault(values: list[str]) -> str | None:
-    if not values:
-        return "a wrong number of fields"
-    if not (values[1] and values[2]):
-        return "an empty question"
-    if "\n" in values[0] or "\r" in values[0]:
-        return "an id of several lines"
-    if len(values) == 4 and not values[3]:
-        return "no label"
-    if len(values) == 4 and values[3] not in LABELS:
-        return "a label other than 0 and 1"
-    return None
-
-
 def make_prompt(first: str, second: str) -> str:
     """The cloze, byte for byte the course's, of two raw questions."""
     return PROMPT.format(_normalize(first), _normalize(second))
@@ -178,11 +52,11 @@ def _normalize(text: str) -> str:
 
 
 def answer_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
-    """The token ids of "no" and "yes"; raises DataError where the vocabulary splits one of them."""
+    """The token ids of "no" and "yes"; raises UserError where the vocabulary splits one of them."""
     ids = [tokenizer.backend_tokenizer.encode(answer).ids for answer in ANSWERS]
     for answer, tokens in zip(ANSWERS, ids, strict=True):
         if len(tokens) != 1:
-            raise DataError(
+            raise UserError(
                 f'the tokenizer makes {len(tokens)} tokens of "{answer}", the cloze needs one'
             )
     return ids[0][0], ids[1][0]
@@ -224,7 +98,7 @@ def _shorten(first: str, second: str, encode, max_length: int) -> list[int]:
 
     fits, too_long = 0, max(map(len, questions))
     if len(ids(fits)) > max_length:
-        raise DataError(f"a model of {max_length} positions cannot hold even an empty prompt")
+        raise UserError(f"a model of {max_length} positions cannot hold even an empty prompt")
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
         fits, too_long = (middle, too_long) if len(ids(middle)) <= max_length else (fits, middle)
@@ -232,23 +106,22 @@ def _shorten(first: str, second: str, encode, max_length: int) -> list[int]:
 
 
 def load_pairs(
+    *,
     train: str | Path,
     dev: str | Path,
     test: str | Path,
-    limits: tuple[int | None, int | None],
+    limit_train: int | None,
+    limit_dev: int | None,
     tokenizer: "PreTrainedTokenizerFast",
     max_length: int,
 ) -> list[TokenizedPairs]:
-    """Train, dev and test pairs of a run; `limits` are for train, and for dev and test.
+    """Train, dev and test pairs of a run; `limit_dev` is for the test pairs too.
 
-    Says what was read, left out and shortened. Raises DataError for an unusable file.
+    Prints what was read, left out and shortened. Raises UserError for an unusable file.
     """
     splits = []
-    for path, labelled, limit in (
-        (train, True, limits[0]),
-        (dev, True, limits[1]),
-        (test, False, limits[1]),
-    ):
+    files = ((train, True, limit_train), (dev, True, limit_dev), (test, False, limit_dev))
+    for path, labelled, limit in files:
         pairs = read_pairs(path, labelled, limit)
         splits.append(tokenize_pairs(pairs, tokenizer, max_length))
         shortened = splits[-1].shortened
@@ -264,40 +137,38 @@ class Share(NamedTuple):
 
 
 class Batches:
-    """Training batches in random order; `data` are examples, `batch` makes a batch of some.
+    """Training batches in random order, of examples that `make_batch` takes by number.
 
-    `batch_size` is for each of the `world_size` ranks, of which this is `rank`.
+    `lengths` are their tokens, `n_targets` the terms of their losses. `batch_size` is for each of
+    the `world_size` ranks, of which this is `rank`.
     """
 
     unit: str  # what an example is called
 
-    def __init__(self, data, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.data, self.batch_size, self.seed = data, batch_size * world_size, seed
+    def __init__(
+        self,
+        make_batch: Callable[[np.ndarray], dict[str, Tensor]],
+        lengths: np.ndarray,
+        n_targets: np.ndarray,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.make_batch, self.lengths, self.n_targets = make_batch, lengths, n_targets
+        self.batch_size, self.seed = batch_size * world_size, seed
         self.rank, self.world_size = rank, world_size
-        self.n_examples = len(data)
+        self.n_examples = len(lengths)
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """The batch of these examples."""
-        raise NotImplementedError
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, int64."""
-        raise NotImplementedError
-
-    def n_targets(self, rows: np.ndarray) -> int:
-        """Over how many terms the loss of a batch is a mean."""
-        raise NotImplementedError
-
     def longest(self, n: int) -> dict[str, Tensor]:
         """A batch of the n longest examples."""
-        return self.batch(np.argsort(-self.lengths(), kind="stable")[:n])
+        return self.make_batch(np.argsort(-self.lengths, kind="stable")[:n])
 
     def rows(self, number: int) -> Iterator[np.ndarray]:
-        """The examples of each global batch of an epoch: all once, in an order that seed and
-        epoch fix."""
+        """The examples of each global batch of an epoch; seed and epoch fix their order."""
         order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
         for start in range(0, self.n_examples, self.batch_size):
             yield order[start : start + self.batch_size]
@@ -310,23 +181,20 @@ class Batches:
         """
         for rows in self.rows(number):
             own = rows[self.rank :: self.world_size]
-            share = Share(len(rows), self.n_targets(own) / self.n_targets(rows))
-            yield self.batch(own if len(own) else rows[:1]), share
+            weight = self.n_targets[own].sum() / self.n_targets[rows].sum()
+            yield self.make_batch(own if len(own) else rows[:1]), Share(len(rows), float(weight))
 
 
 class PairBatches(Batches):
-    """Batches of tokenized pairs."""
+    """Batches of tokenized pairs, each of which is a target."""
 
     unit = "pair"
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return pair_batch(self.data, rows)
-
-    def lengths(self) -> np.ndarray:
-        return self.data.lengths
-
-    def n_targets(self, rows: np.ndarray) -> int:
-        return len(rows)
+    def __init__(
+        self, data: TokenizedPairs, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ):
+        make_batch, n_targets = partial(pair_batch, data), np.ones(len(data), dtype=np.int64)
+        super().__init__(make_batch, data.lengths, n_targets, batch_size, seed, rank, world_size)
 
 
 def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
@@ -362,55 +230,6 @@ def token_index(mask: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Sonnet:
-    """A poem and its number."""
-
-    number: int
-    lines: tuple[str, ...]  # as poem_lines gives them
-
-    @property
-    def prompt(self) -> str:
-        """The given lines and the line end that starts the next."""
-        return "".join(f"{line}\n" for line in self.lines[:GIVEN_LINES])
-
-
-def poem_lines(text: str) -> list[str]:
-    """The lines of a poem: not blank, and not a number alone, which would start the next poem."""
-    lines = [line.rstrip() for line in text.split("\n")]
-    return [line for line in lines if line and not SONNET_NUMBER.fullmatch(line)]
-
-
-def read_sonnets(path: str | Path, limit: int | None = None) -> list[Sonnet]:
-    """Read poems that stand each under its number, alone on a line; what comes before is skipped.
-
-    `limit` keeps only the first so many. Raises DataError for an unusable file.
-    """
-    sonnets: list[tuple[int, list[str]]] = []
-    for line in _read_lines(Path(path)):
-        number = SONNET_NUMBER.fullmatch(line)
-        if number:
-            sonnets.append((int(number[1]), []))
-        elif sonnets:
-            sonnets[-1][1].extend(poem_lines(line))
-    if not sonnets:
-        raise DataError(f"{path} has no poem under a number, alone on a line")
-    empty = [str(number) for number, lines in sonnets if not lines]
-    if empty:
-        raise DataError(f"{path} has no line under the number {', '.join(empty)}")
-    return [Sonnet(number, tuple(lines)) for number, lines in sonnets[:limit]]
-
-
-def split_sonnets(sonnets: list[Sonnet], seed: int) -> tuple[list[Sonnet], list[Sonnet]]:
-    """Nine tenths to train on and one tenth (one poem at least) to validate, by chance."""
-    if len(sonnets) < 2:
-        raise DataError("one poem cannot be split into some to train on and some to validate")
-    order = np.random.default_rng(seed).permutation(len(sonnets))
-    chosen = [sonnets[i] for i in order]
-    cut = max(1, round(len(sonnets) / 10))
-    return chosen[cut:], chosen[:cut]
-
-
-@dataclass(frozen=True)
 class TokenizedSonnet:
     """A poem as token ids, end of text last, of which the first `prompt_length` are its prompt."""
 
@@ -435,21 +254,21 @@ def tokenize_sonnets(
 def tokenize_prompts(
     sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> list[list[int]]:
-    """Token ids of each poem's given lines; raises DataError where they fill the model."""
+    """Token ids of each poem's given lines; raises UserError where they fill the model."""
     prompts = []
     for sonnet in sonnets:
         prompts.append(tokenizer.backend_tokenizer.encode(sonnet.prompt).ids)
         if len(prompts[-1]) >= max_length:
-            raise DataError(
+            raise UserError(
                 f"the given lines of sonnet {sonnet.number} are {len(prompts[-1])} tokens, the "
-                f"model has {max_length} positions and needs some to go on"
+                f"model has {max_length} positions and needs some to continue"
             )
     return prompts
 
 
 @dataclass(frozen=True)
 class SonnetData:
-    """The poems of a run, and as token ids those that a loss is taken of."""
+    """Sonnet splits of a run, and the token ids of those that a loss is computed on."""
 
     train: list[Sonnet]
     dev: list[Sonnet]  # to be continued and compared to
@@ -461,32 +280,39 @@ class SonnetData:
 
 
 def load_sonnets(
-    path: str | Path,
-    dev_path: str | Path,
-    gold_path: str | Path,
-    held_out_path: str | Path,
-    limits: tuple[int | None, int | None],
+    *,
+    train: str | Path,
+    dev: str | Path,
+    gold: str | Path,
+    held_out: str | Path,
+    limit_train: int | None,
+    limit_dev: int | None,
     seed: int,
     tokenizer: "PreTrainedTokenizerFast",
     max_length: int,
 ) -> SonnetData:
-    """Read, check, split and tokenize the poems of a run; `limits` are for train, dev and held out.
+    """Read, check, split and tokenize the poems of a run; `limit_dev` is for all but `train`.
 
-    Says what was read. Raises DataError for an unusable file, and where the gold poems are not
+    Prints what was read. Raises UserError for an unusable file, and where the gold poems are not
     those of the dev file.
     """
-    train, validation = split_sonnets(read_sonnets(path, limits[0]), seed)
-    dev, gold, held_out = (read_sonnets(p, limits[1]) for p in (dev_path, gold_path, held_out_path))
-    if [sonnet.number for sonnet in dev] != [sonnet.number for sonnet in gold]:
-        raise DataError(f"{dev_path} and {gold_path} have to hold the same numbers in one order")
-    tokenize_prompts(dev + held_out, tokenizer, max_length)  # fails now, not after the training
-    ids = [tokenize_sonnets(group, tokenizer, max_length) for group in (train, validation, gold)]
+    train_poems, validation = split_sonnets(read_sonnets(train, limit_train), seed)
+    dev_poems, gold_poems, held_out_poems = (
+        read_sonnets(path, limit_dev) for path in (dev, gold, held_out)
+    )
+    if [sonnet.number for sonnet in dev_poems] != [sonnet.number for sonnet in gold_poems]:
+        raise UserError(f"{dev} and {gold} must hold the same numbers in the same order")
+    # Fails now if a prompt leaves no room, not after the training.
+    tokenize_prompts(dev_poems + held_out_poems, tokenizer, max_length)
+    groups = (train_poems, validation, gold_poems)
+    ids = [tokenize_sonnets(group, tokenizer, max_length) for group in groups]
     cut = sum(poem.ids[-1] != tokenizer.eos_token_id for group in ids for poem in group)
     print(
-        f"{len(train)} poems to train on, {len(validation)} to validate, {len(dev)} to continue "
-        f"and compare, {len(held_out)} to continue" + (f"; shortened {cut}" if cut else "")
+        f"{len(train_poems)} poems to train on, {len(validation)} to validate, {len(dev_poems)} to "
+        f"continue and compare, {len(held_out_poems)} to continue"
+        + (f"; shortened {cut}" if cut else "")
     )
-    return SonnetData(train, dev, gold, held_out, *ids)
+    return SonnetData(train_poems, dev_poems, gold_poems, held_out_poems, *ids)
 
 
 class SonnetBatches(Batches):
@@ -494,14 +320,17 @@ class SonnetBatches(Batches):
 
     unit = "poem"
 
-    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return sonnet_batch([self.data[row] for row in rows])
-
-    def lengths(self) -> np.ndarray:
-        return np.array([len(poem.ids) for poem in self.data])
-
-    def n_targets(self, rows: np.ndarray) -> int:
-        return sum(len(self.data[row].ids) - 1 for row in rows)
+    def __init__(
+        self,
+        poems: list[TokenizedSonnet],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        lengths = np.array([len(poem.ids) for poem in poems])
+        make_batch = lambda rows: sonnet_batch([poems[row] for row in rows])  # noqa: E731
+        super().__init__(make_batch, lengths, lengths - 1, batch_size, seed, rank, world_size)
 
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:

@@ -7,97 +7,127 @@ python lora_paraphrase_detection.py --use_gpu --predict_only
 
 import argparse
 
-from datasets import PairBatches, answer_ids, load_pairs
-from finetune.arguments import (
-    DEMO_PAIRS,
-    add_fit_arguments,
-    add_lora_arguments,
-    add_model_arguments,
-    add_output_arguments,
-    add_paraphrase_data_arguments,
-    add_run_arguments,
-    config_from,
-    fit_settings,
-    make_parser,
-    parse_args,
-    run_files,
-)
-from finetune.ending import run
-from finetune.loop import fit
-from finetune.metrics import paraphrase_logits, paraphrase_metrics
-from finetune.peft_format import start_lora, write_exports
-from finetune.predictions import format_table, paraphrase_table, write_paraphrase_predictions
-from finetune.report import write_paraphrase_record
-from finetune.runtime import make_runtime, seed_everything
+import torch
+
+import datasets
+from finetune import arguments, ending, loop, metrics, outputs, peft_format, runtime
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.run import Run
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import find_checkpoint, load_tokenizer
+from modules.adapters import trainable
 from modules.lora import LoRAConfig
+
+DEFAULTS = {"epochs": 3, "batch_size": 12, "lr": 1e-4, "weight_decay": 0.01}
+DEFAULTS |= {"lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.1}
+DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 2e-3, "lr_schedule": "linear"}
+DEMO |= {"warmup_ratio": 0.1}
+DEMO |= arguments.demo_files(
+    para_train="sample-pairs-train.csv",
+    para_dev="sample-pairs-dev.csv",
+    para_test="sample-pairs-test.csv",
+)
 
 
 def get_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_paraphrase_data_arguments(parser, "lora")
-    add_model_arguments(parser)
-    add_lora_arguments(parser)
-    add_fit_arguments(parser, batch_size=12)
-    add_run_arguments(parser)
-    add_output_arguments(parser, "lora")
-    return parse_args(parser, DEMO_PAIRS | {"lr": 2e-3})
+    parser = arguments.make_parser(__doc__)
+    arguments.add_paraphrase_files(parser, "lora")
+    arguments.add_settings(parser, "LoRA", LoRAConfig, prefix="lora_")
+    arguments.add_settings(parser, "training", loop.FitConfig)
+    arguments.add_settings(parser, "early stopping", EarlyStoppingConfig)
+    arguments.add_run(parser)
+    arguments.add_exchange(parser, "lora")
+    return arguments.parse(parser, DEFAULTS, DEMO)
 
 
-def main() -> None:
-    args = get_args()
-    runtime = make_runtime(args.use_gpu, args.precision, args.deterministic)
-    seed_everything(args.seed)
+def main(args: argparse.Namespace) -> None:
+    machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
 
     # Load
     folder = find_checkpoint(args.model_path or args.model_size)
     gpt = GPT2Model.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
-    paths = (args.para_train, args.para_dev, args.para_test)
-    limits = (args.limit_train, args.limit_dev)
-    train, dev, test = load_pairs(*paths, limits, tokenizer, gpt.config.n_positions)
+    train, dev, test = datasets.load_pairs(
+        train=args.para_train,
+        dev=args.para_dev,
+        test=args.para_test,
+        limit_train=args.limit_train,
+        limit_dev=args.limit_dev,
+        tokenizer=tokenizer,
+        max_length=gpt.config.n_positions,
+    )
 
     # Build
-    lora = start_lora(gpt, config_from(LoRAConfig, args, "lora_"), args.import_peft)
-    model = ParaphraseGPT(gpt, answer_ids(tokenizer))
-    runtime.prepare(model, args.compile, args.gradient_checkpointing)
-    checkpoint, unfinished = run_files(args, "paraphrase", lora, model, runtime)
+    lora = arguments.config(LoRAConfig, args, prefix="lora_")
+    lora = peft_format.start_lora(gpt, lora, args.import_peft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
+    model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
+    machine.prepare(model, args.compile)
+    run = Run.open(vars(args), task="paraphrase", adapter=lora, model=model, runtime=machine)
+    score = metrics.ParaphraseScorer(model, dev, machine)
 
     # Fit
-    def score() -> dict[str, float]:
-        return paraphrase_metrics(paraphrase_logits(model, dev, runtime, "dev"), dev.labels)
-
-    if not args.predict_only:
-        batches = PairBatches(train, args.batch_size, args.seed, *runtime.place)
-        settings = fit_settings(args, "dev_accuracy", "max", unfinished, runtime)
-        fitted = fit(model, paraphrase_loss, batches, score, checkpoint.save, *settings)
+    fitted = None if args.predict_only else fit(args, machine, run, model, train, score)
 
     # Predict
-    imported = args.import_peft if args.predict_only else None
-    best = {"epoch": "imported"} if imported else checkpoint.load()
-    dev_logits = paraphrase_logits(model, dev, runtime, "dev")
-    test_logits = paraphrase_logits(model, test, runtime, "test")
-    final = paraphrase_metrics(dev_logits, dev.labels)
-    if not runtime.is_main:
-        return
+    table = run.load_best()
+    final = score()
+    test_logits = metrics.paraphrase_logits(model, test, machine, "test")
 
     # Write
-    write_paraphrase_predictions(args.para_dev_out, dev.ids, dev_logits.argmax(1).tolist())
-    write_paraphrase_predictions(args.para_test_out, test.ids, test_logits.argmax(1).tolist())
-    files = {"adapter": imported or checkpoint.path}
-    files |= {"dev": args.para_dev_out, "test": args.para_test_out}
-    if not args.predict_only:
-        about = args.para_dev_out.parent, vars(args), lora, fitted, final
-        record = write_paraphrase_record(*about, dev, dev_logits, tokenizer)
-        files = record | files
-    exports = args.export_peft, args.export_merged
-    files |= write_exports(gpt, lora, args.model_path or args.model_size, tokenizer, *exports)
-    if unfinished:
-        unfinished.remove()
-    print(format_table(paraphrase_table(best["epoch"], final, dev.labels) | files))
+    if machine.is_main:
+        outputs.write_paraphrase_predictions(args.para_dev_out, dev.ids, score.logits)
+        outputs.write_paraphrase_predictions(args.para_test_out, test.ids, test_logits)
+        table |= outputs.paraphrase_table(final, dev.labels)
+        table |= {"dev": args.para_dev_out, "test": args.para_test_out}
+        if fitted:
+            errors = metrics.most_confident_errors(score.logits, dev, tokenizer)
+            table |= outputs.write_paraphrase_record(
+                run.record, vars(args), lora, fitted, final, dev.labels, score.logits, errors
+            )
+        table |= peft_format.write_exports(
+            gpt,
+            lora,
+            args.model_path or args.model_size,
+            tokenizer,
+            peft_folder=args.export_peft,
+            merged_folder=args.export_merged,
+        )
+        run.finish(table)
+
+
+def fit(
+    args: argparse.Namespace,
+    machine: runtime.Runtime,
+    run: Run,
+    model: ParaphraseGPT,
+    pairs: datasets.TokenizedPairs,
+    score: metrics.ParaphraseScorer,
+) -> loop.Fitted:
+    """Train the adapter; the best epoch by dev accuracy is saved, and decides when to stop."""
+    optimizer = torch.optim.AdamW(
+        trainable(model), lr=args.lr, weight_decay=args.weight_decay, eps=1e-6, fused=True
+    )
+    early_stopping = arguments.config(EarlyStoppingConfig, args)
+    return loop.fit(
+        model=model,
+        loss_function=paraphrase_loss,
+        optimizer=optimizer,
+        batches=datasets.PairBatches(
+            pairs, args.batch_size, args.seed, machine.rank, machine.world_size
+        ),
+        evaluate=score,
+        stopper=EarlyStopper("dev_accuracy", "max", early_stopping),
+        save_best=run.checkpoint.save,
+        config=arguments.config(loop.FitConfig, args),
+        runtime=machine,
+        resume=run.resume,
+        log=run.log,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    args = get_args()
+    advice = "" if args.predict_only else ending.TO_RESUME
+    ending.run(lambda: main(args), debug=args.debug, advice=advice)

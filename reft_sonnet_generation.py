@@ -7,98 +7,132 @@ python reft_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --nu
 
 import argparse
 
-from datasets import SonnetBatches, load_sonnets
-from finetune.arguments import (
-    DEMO_SONNETS,
-    add_fit_arguments,
-    add_model_arguments,
-    add_output_arguments,
-    add_reft_arguments,
-    add_run_arguments,
-    add_sampling_arguments,
-    add_sonnet_data_arguments,
-    config_from,
-    fit_settings,
-    make_parser,
-    parse_args,
-    run_files,
-)
-from finetune.ending import run
-from finetune.loop import fit
-from finetune.predictions import format_sonnet, format_table, sonnet_table, write_samples
-from finetune.report import write_sonnet_record
-from finetune.runtime import make_runtime, seed_everything
-from finetune.sampling import Poet, SamplingConfig
-from finetune.sonnet_metrics import SonnetScorer
+import torch
+
+import datasets
+from finetune import arguments, ending, loop, metrics, outputs, runtime
+from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
+from finetune.generation import SonnetGenerator
+from finetune.run import Run
+from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.pretrained import find_checkpoint, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.adapters import trainable
 from modules.reft import ReFTConfig, add_reft
+
+DEFAULTS = {"epochs": 10, "batch_size": 4, "lr": 1.5e-4, "weight_decay": 0.01}
+DEFAULTS |= {"reft_rank": 4, "reft_alpha": 16.0, "reft_dropout": 0.1}
+DEFAULTS |= {"temperature": 1.2, "top_p": 0.9}
+DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
+DEMO |= {"warmup_ratio": 0.1, "temperature": 0.9}
+DEMO |= arguments.demo_files(
+    sonnet_path="sonnets.txt",
+    held_out_sonnet_path="sonnets_held_out.txt",
+    dev_sonnet_path="sonnets_held_out_dev.txt",
+    dev_gold_path="TRUE_sonnets_held_out_dev.txt",
+)
 
 
 def get_args() -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add_sonnet_data_arguments(parser, "reft")
-    add_model_arguments(parser)
-    add_reft_arguments(parser)
-    add_fit_arguments(parser, batch_size=4)
-    add_sampling_arguments(parser)
-    add_run_arguments(parser)
-    add_output_arguments(parser, "reft")
-    parser.set_defaults(epochs=10, lr=1.5e-4, reft_dropout=0.1)
-    return parse_args(parser, DEMO_SONNETS | {"lr": 3e-3})
+    parser = arguments.make_parser(__doc__)
+    arguments.add_sonnet_files(parser, "reft")
+    arguments.add_settings(parser, "ReFT", ReFTConfig, prefix="reft_")
+    arguments.add_settings(parser, "training", loop.FitConfig)
+    arguments.add_settings(parser, "early stopping", EarlyStoppingConfig)
+    arguments.add_settings(parser, "generation", SamplingConfig)
+    arguments.add_num_samples(parser)
+    arguments.add_run(parser)
+    arguments.add_exchange(parser, "reft")
+    return arguments.parse(parser, DEFAULTS, DEMO)
 
 
-def main() -> None:
-    args = get_args()
-    runtime = make_runtime(args.use_gpu, args.precision, args.deterministic)
-    seed_everything(args.seed)
+def main(args: argparse.Namespace) -> None:
+    machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
 
     # Load
     folder = find_checkpoint(args.model_path or args.model_size)
     gpt = GPT2Model.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
-    paths = (args.sonnet_path, args.dev_sonnet_path, args.dev_gold_path, args.held_out_sonnet_path)
-    limits = (args.limit_train, args.limit_dev)
-    data = load_sonnets(*paths, limits, args.seed, tokenizer, gpt.config.n_positions)
+    sonnets = datasets.load_sonnets(
+        train=args.sonnet_path,
+        dev=args.dev_sonnet_path,
+        gold=args.dev_gold_path,
+        held_out=args.held_out_sonnet_path,
+        limit_train=args.limit_train,
+        limit_dev=args.limit_dev,
+        seed=args.seed,
+        tokenizer=tokenizer,
+        max_length=gpt.config.n_positions,
+    )
 
     # Build
-    reft = config_from(ReFTConfig, args, "reft_")
+    reft = arguments.config(ReFTConfig, args, prefix="reft_")
     add_reft(gpt, reft)
+    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = SonnetGPT(gpt)
-    runtime.prepare(model, args.compile, args.gradient_checkpointing)
-    checkpoint, unfinished = run_files(args, "sonnet", reft, model, runtime)
-    poet = Poet(gpt, tokenizer, config_from(SamplingConfig, args), args.seed, runtime)
-    score = SonnetScorer(model, poet, data)
+    machine.prepare(model, args.compile)
+    run = Run.open(vars(args), task="sonnet", adapter=reft, model=model, runtime=machine)
+    sampling = arguments.config(SamplingConfig, args)
+    generator = SonnetGenerator(gpt, tokenizer, sampling, args.seed, machine)
+    score = metrics.SonnetScorer(model, generator, sonnets)
 
     # Fit
-    def keep(record: dict) -> None:
-        checkpoint.save(record)
-        print(*map(format_sonnet, score.poems[:2]), sep="")
-
+    untrained = {}
     if not args.predict_only:
-        batches = SonnetBatches(data.train_ids, args.batch_size, args.seed, *runtime.place)
-        untrained = score.validation_loss()
-        print(f"validation loss before training {untrained:.4f}")
-        settings = fit_settings(args, "val_loss", "min", unfinished, runtime)
-        fitted = fit(model, sonnet_loss, batches, score, keep, *settings)
+        untrained = {"val_loss_before_training": score.validation_loss()}
+        print(f"validation loss before training {untrained['val_loss_before_training']:.4f}")
+    fitted = None if args.predict_only else fit(args, machine, run, model, sonnets, score)
 
     # Predict
-    best = checkpoint.load()
-    final = score.final()
-    samples = [poet.write(data.held_out, sample) for sample in range(args.num_samples)]
-    if not runtime.is_main:
-        return
+    table = run.load_best()
+    final = untrained | score.final()
+    samples = [generator.write(sonnets.held_out, sample) for sample in range(args.num_samples)]
 
     # Write
-    files = {"adapter": checkpoint.path} | write_samples(args.sonnet_out, samples)
-    if not args.predict_only:
-        final = {"val_loss_before_training": untrained} | final
-        record = write_sonnet_record(args.sonnet_out.parent, vars(args), reft, fitted, final)
-        files = record | files
-        unfinished.remove()
-    print(format_table(sonnet_table(best["epoch"], final) | files))
+    if machine.is_main:
+        table |= outputs.sonnet_table(final) | outputs.write_samples(args.sonnet_out, samples)
+        if fitted:
+            table |= outputs.write_sonnet_record(run.record, vars(args), reft, fitted, final)
+        run.finish(table)
+
+
+def fit(
+    args: argparse.Namespace,
+    machine: runtime.Runtime,
+    run: Run,
+    model: SonnetGPT,
+    sonnets: datasets.SonnetData,
+    score: metrics.SonnetScorer,
+) -> loop.Fitted:
+    """Train the adapter; the best epoch by validation loss is saved, and decides when to stop."""
+
+    def save_best(record: dict) -> None:
+        run.checkpoint.save(record)
+        print(*map(outputs.format_sonnet, score.poems[:2]), sep="")
+
+    optimizer = torch.optim.AdamW(
+        trainable(model), lr=args.lr, weight_decay=args.weight_decay, eps=1e-6, fused=True
+    )
+    early_stopping = arguments.config(EarlyStoppingConfig, args)
+    return loop.fit(
+        model=model,
+        loss_function=sonnet_loss,
+        optimizer=optimizer,
+        batches=datasets.SonnetBatches(
+            sonnets.train_ids, args.batch_size, args.seed, machine.rank, machine.world_size
+        ),
+        evaluate=score,
+        stopper=EarlyStopper("val_loss", "min", early_stopping),
+        save_best=save_best,
+        config=arguments.config(loop.FitConfig, args),
+        runtime=machine,
+        resume=run.resume,
+        log=run.log,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    args = get_args()
+    advice = "" if args.predict_only else ending.TO_RESUME
+    ending.run(lambda: main(args), debug=args.debug, advice=advice)

@@ -1,19 +1,31 @@
 #!/usr/bin/env bash
-# Create .venv and install the packages of requirements.txt; run again at any time.
-# With --test: install the test packages too and run the tests (further words go to pytest).
-# With --data: fetch the Quora files into data/ too (URL: of another folder that holds them).
-# With --weights: fetch gpt2, gpt2-medium, gpt2-large or gpt2-xl into the Hugging Face cache too.
+# Create .venv and install what the scripts need; --help lists the options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() {
-    echo "usage: bash setup.sh [--test [PYTEST ARGUMENTS] | --data [URL] | --weights SIZE]" >&2
+usage="usage: bash setup.sh [--test [PYTEST ARGUMENTS] | --data [URL] | --weights SIZE]"
+help="$usage
+
+Create .venv and install the packages of requirements.txt. It may be run again at any time.
+
+  --test [PYTEST ARGUMENTS]  also install the test packages, and run the tests
+  --data [URL]               also fetch the Quora files into data/, from the course's repository
+                             or from the folder at URL
+  --weights SIZE             also fetch gpt2, gpt2-medium, gpt2-large or gpt2-xl into the
+                             Hugging Face cache
+  -h, --help                 show this text and do nothing else
+
+The environment variable PYTHON names the Python to use, 3.10 or newer [python3]."
+
+refuse() {
+    echo "$usage" >&2
     exit 2
 }
 case "${1:-} $#" in
     " 0" | "--test "* | "--data 1") ;;
-    "--data 2" | "--weights 2") [[ $2 == [!-]* ]] || usage ;;
-    *) usage ;;
+    "--data 2" | "--weights 2") [[ $2 == [!-]* ]] || refuse ;;
+    "-h 1" | "--help 1") echo "$help" && exit ;;
+    *) refuse ;;
 esac
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
@@ -30,13 +42,15 @@ install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check 
 install "$(grep '^torch==' requirements.txt)"
 install -r requirements.txt
 
-if [[ ${1:-} == --test ]]; then
-    install -r tests/requirements.txt
-    # pyreft asks for old versions of much that its interventions do not need.
-    install -qq --no-deps -r tests/requirements-no-deps.txt || echo "No pyreft: its tests are skipped."
-    exec .venv/bin/python -m pytest "${@:2}"
-fi
-if [[ ${1:-} == --data || ${1:-} == --weights ]]; then
-    exec .venv/bin/python -m finetune.fetch "${1#--}" "${@:2}"
-fi
+case "${1:-}" in
+    --test)
+        install -r tests/requirements.txt
+        # pyreft asks for old versions of much that its interventions do not need.
+        install -qq --no-deps -r tests/requirements-no-deps.txt ||
+            echo "No pyreft: its tests are skipped."
+        exec .venv/bin/python -m pytest "${@:2}"
+        ;;
+    --data) exec .venv/bin/python -m data.fetch quora "${@:2}" ;;
+    --weights) exec .venv/bin/python -m data.fetch weights "$2" ;;
+esac
 echo "Ready. Next: .venv/bin/python lora_paraphrase_detection.py --demo"

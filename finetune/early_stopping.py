@@ -2,13 +2,22 @@
 
 from dataclasses import dataclass
 
+from modules.settings import check_settings, setting
+
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """Stop after `patience` epochs (0: never) that together gain less than `min_improvement`."""
+    """How long to wait for how much; 0 epochs of patience never stop a run."""
 
-    early_stopping_patience: int = 5
-    min_improvement: float = 0.01
+    early_stopping_patience: int = setting(
+        5, "stop after N epochs without a total gain of --min_improvement, 0 is never", least=0
+    )
+    min_improvement: float = setting(
+        0.01, "of dev accuracy (a share) or of the validation loss (nats)", least=0
+    )
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 class EarlyStopper:
@@ -22,7 +31,7 @@ class EarlyStopper:
         self.waited = 0
 
     def update(self, metrics: dict[str, float]) -> bool:
-        """Take an epoch's dev metrics; True where it is the best so far (a NaN never is)."""
+        """Take an epoch's dev metrics; True if it is the best so far (a NaN never is)."""
         value = self.sign * metrics[self.metric]
         if value >= self.reference + self.config.min_improvement:
             self.reference, self.waited = value, 0
@@ -32,17 +41,16 @@ class EarlyStopper:
         self.best = max(self.best, value) if is_best else self.best
         return is_best
 
-    def state(self) -> dict[str, float]:
-        """What `update` changes."""
-        return {name: getattr(self, name) for name in ("best", "reference", "waited")}
-
-    def load_state(self, state: dict[str, float]) -> None:
-        """Stand where `state` was taken."""
-        self.best, self.reference, self.waited = (
-            state[name] for name in ("best", "reference", "waited")
-        )
-
     @property
     def should_stop(self) -> bool:
-        """True once `patience` epochs have passed without a gain of `min_improvement`."""
+        """True once the patience is used up."""
         return 0 < self.config.early_stopping_patience <= self.waited
+
+    def state_dict(self) -> dict[str, float]:
+        """What `update` changes."""
+        return {"best": self.best, "reference": self.reference, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore from `state_dict`."""
+        self.best, self.reference = state["best"], state["reference"]
+        self.waited = state["waited"]

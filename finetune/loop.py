@@ -3,25 +3,24 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import Share
+from datasets import Batches
 from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
 from finetune.ending import Interrupted, held_signals
-from finetune.memory import describe_memory
-from finetune.progress import Progress
-from finetune.runtime import STEADIER, RunError, Runtime, random_state, set_random_state
-from modules.adapters import load_adapter_state
+from finetune.progress import Fitted, Progress
+from finetune.runtime import STEADIER, Runtime, random_state, set_random_state
+from modules.adapters import load_adapter_state, trainable
 from modules.reft import Intervention
+from modules.settings import UserError, check_settings, setting
 
 Batch = dict[str, Tensor]
 
@@ -32,74 +31,70 @@ SCHEDULES = {  # name -> share of the learning rate at progress 0..1 after warm-
 }
 
 
-class Batches(Protocol):
-    """Training data: `len()` batches an epoch, in an order of its own in every epoch."""
-
-    unit: str  # what an example is called
-    n_examples: int
-    batch_size: int  # of all processes
-
-    def __len__(self) -> int: ...
-
-    def longest(self, n: int) -> Batch: ...
-
-    def epoch(self, number: int) -> Iterator[tuple[Batch, Share]]: ...
-
-
 @dataclass(frozen=True)
 class FitConfig:
-    """How long and how fast to train; an optimizer step takes `grad_accum` batches."""
+    """How long and how fast to train."""
 
-    epochs: int = 3
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    grad_accum: int = 1
-    grad_clip: float = 0.0  # largest gradient norm, 0 is off
-    lr_schedule: str = "constant"
-    warmup_ratio: float = 0.0
-    save_every: int = 500  # steps from one save of the run's state to the next, 0 is epochs alone
+    epochs: int = setting(3, "passes over the training data", least=1)
+    lr: float = setting(1e-4, "learning rate of AdamW", above=0)
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", least=0)
+    grad_accum: int = setting(1, "batches per optimizer step", least=1)
+    grad_clip: float = setting(0.0, "largest gradient norm, 0 is off", least=0)
+    lr_schedule: str = setting(
+        "constant", "of the learning rate after the warm-up", choices=SCHEDULES
+    )
+    warmup_ratio: float = setting(
+        0.0, "share of all steps in which the learning rate rises", least=0, below=1
+    )
+    save_every: int = setting(
+        500, "steps between two saves of the run's state, 0 saves after each epoch", least=0
+    )
 
-
-class Fitted(NamedTuple):
-    """What came of a training."""
-
-    history: list[dict[str, Any]]  # a record for each epoch
-    measured: dict[str, float]  # sizes, rates and memory
+    def __post_init__(self):
+        check_settings(self)
 
 
 def fit(
+    *,
     model: nn.Module,
     loss_function: Callable[[nn.Module, Batch], Tensor],
-    train_batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
     evaluate: Callable[[], dict[str, float]],
+    stopper: EarlyStopper,
     save_best: Callable[[dict[str, Any]], None],
     config: FitConfig,
-    stopper: EarlyStopper,
     runtime: Runtime,
-    unfinished: ResumeFile | None = None,
+    resume: ResumeFile | None = None,
     log: Callable[[dict[str, float], int], None] = lambda values, step: None,
 ) -> Fitted:
-    """Train what requires a gradient, from the start or from where `unfinished` stands.
+    """Train what requires a gradient, from the start or from the state in `resume`.
 
-    `evaluate()` gives the dev metrics; `save_best(record)` is called where the stopper finds an
-    epoch the best so far; `log(values, step)` gets the losses and metrics after each epoch, and
-    the running loss once a second. Raises RunError where a loss or a weight is not finite.
+    `evaluate()` gives the dev metrics; `save_best(record)` is called after an epoch that the
+    stopper finds the best so far; `log(values, step)` gets losses and metrics after each epoch, and
+    the running loss once a second. Raises UserError if a loss or a weight is not finite.
     """
-    batch_size = train_batches.batch_size // runtime.world_size
-    print(describe_memory(model, loss_function, train_batches.longest, batch_size, runtime))
-    updater = Updater(model, loss_function, config, len(train_batches), runtime)
-    progress = _where_it_stands(updater, stopper, train_batches, unfinished)
-    save = partial(_save, updater, stopper, progress, unfinished)
+    trainer = Trainer(model, loss_function, optimizer, config, len(batches), runtime)
+    progress = Progress()
+    report_memory(trainer, batches)
+    if resume and resume.state is not None:
+        resume.restore(lambda state: _load_state(state, trainer, stopper, progress))
+        print(f"resumes after step {trainer.steps:,}, in epoch {progress.epoch + 1}")
+
+    def save() -> None:
+        progress.read_losses(skip_infinite=trainer.scaler.is_enabled())
+        if resume:
+            resume.save(_state(trainer, stopper, progress))
+
     while progress.epoch < config.epochs and not stopper.should_stop:
         model.train()
         title = f"epoch {progress.epoch + 1}/{config.epochs}"
-        train_loss = _train_epoch(updater, train_batches, progress, title, save, log)
-        metrics = evaluate()
-        record = _record_epoch(updater, progress, stopper, {"train_loss": train_loss} | metrics)
-        losses = {name: value for name, value in record.items() if isinstance(value, float)}
-        shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        train_loss = _train_epoch(trainer, batches, progress, title, save, log)
+        metrics = {"train_loss": train_loss} | evaluate()
+        record = _record_epoch(trainer, progress, stopper, metrics)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"{title}: {shown}{' (best)' if record['is_best'] else ''}")
-        log(losses, updater.steps)
+        log(metrics, trainer.steps)
         if record["is_best"]:
             save_best(record)
         progress.start_epoch()
@@ -109,27 +104,24 @@ def fit(
     return Fitted(progress.history, progress.summary(model, runtime))
 
 
-class Updater:
-    """The optimizer with its schedule, clipping, accumulation and, for float16, loss scaling."""
+class Trainer:
+    """An optimizer step: accumulation, clipping, schedule, and for float16 loss scaling."""
 
     def __init__(
         self,
         model: nn.Module,
         loss_function: Callable[[nn.Module, Batch], Tensor],
+        optimizer: torch.optim.Optimizer,
         config: FitConfig,
         batches_per_epoch: int,
         runtime: Runtime,
     ):
         self.bare_model, self.model = model, runtime.parallel(model)
-        self.loss_function = loss_function
+        self.loss_function, self.optimizer = loss_function, optimizer
         self.config, self.runtime = config, runtime
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable, lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lr_factor(config, batches_per_epoch)
-        )
+        self.trainable = trainable(model)
+        factor = lr_factor(config, batches_per_epoch)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self.interventions = [m for m in model.modules() if isinstance(m, Intervention)]
         self.steps = 0
         half = runtime.autocast_dtype == torch.float16
@@ -138,20 +130,20 @@ class Updater:
     def backward(
         self, batch: Batch, weight: float = 1.0, n_accumulated: int = 1, is_last: bool = True
     ) -> Tensor:
-        """Add the gradient of one of the `n_accumulated` batches of a step; gives its loss.
+        """Add the gradient of one of the `n_accumulated` batches of a step; returns its loss.
 
-        `weight` is that of a `Share`. Processes exchange their gradients with the last batch.
+        `weight` is that of a `Share`. Ranks reduce their gradients with the last batch.
         """
-        weight = weight * self.runtime.world_size  # the exchange takes the mean
-        exchange_later = not is_last and self.runtime.world_size > 1
-        with self.model.no_sync() if exchange_later else contextlib.nullcontext():
+        weight = weight * self.runtime.world_size  # the all-reduce takes the mean
+        reduce_later = not is_last and self.runtime.world_size > 1
+        with self.model.no_sync() if reduce_later else contextlib.nullcontext():
             with self.runtime.autocast():
                 loss = self.loss_function(self.model, self.runtime.to_device(batch))
             self.scaler.scale(loss * weight / n_accumulated).backward()
         return loss.detach()
 
     def step(self) -> None:
-        """Change the weights by the gradient gathered so far, and clear it."""
+        """Update the weights by the accumulated gradient, and clear it."""
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
@@ -163,8 +155,14 @@ class Updater:
         self.schedule.step()
         self.steps += 1
 
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors: the adapter and all that a step changes."""
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that the loss scaler skipped because a gradient had overflowed."""
+        taken = self.optimizer.state.get(self.trainable[0], {}).get("step", 0)
+        return self.steps - int(taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adapter and all else that a step changes, in plain values and tensors."""
         return {
             "adapter": finite_adapter(self.bare_model),
             "optimizer": self.optimizer.state_dict(),
@@ -173,8 +171,8 @@ class Updater:
             "steps": self.steps,
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore from `state_dict`."""
         load_adapter_state(self.bare_model, state["adapter"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -182,15 +180,9 @@ class Updater:
         self.optimizer.zero_grad()
         self.steps = state["steps"]
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that the loss scaler left out since a gradient had overflowed."""
-        taken = self.optimizer.state.get(self.trainable[0], {}).get("step", 0)
-        return self.steps - int(taken)
-
 
 def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: a straight warm-up, then the schedule."""
+    """Factor of the learning rate at a step: a linear warm-up, then the schedule."""
     total = config.epochs * math.ceil(batches_per_epoch / config.grad_accum)
     warmup = math.ceil(config.warmup_ratio * total)
 
@@ -202,58 +194,63 @@ def lr_factor(config: FitConfig, batches_per_epoch: int) -> Callable[[int], floa
     return factor
 
 
-def _where_it_stands(
-    updater: "Updater",
-    stopper: EarlyStopper,
-    train_batches: Batches,
-    unfinished: ResumeFile | None,
-) -> Progress:
-    """Set updater, stopper and random generators to where the run was saved, if it was."""
-    device = updater.runtime.device
-    progress = Progress(random=random_state(device))
-
-    def go_on(common: dict[str, Any], own: dict[str, Any]) -> None:
-        nonlocal progress
-        progress = Progress(**own)
-        updater.load_state(common["updater"])
-        stopper.load_state(common["stopper"])
-        set_random_state(progress.random, device)
-
-    if unfinished and unfinished.saved and updater.runtime.world_size > 1:
-        # DistributedDataParallel orders its sums by the first pass; with three processes and more
-        # their last bits would differ without one here.
-        updater.backward(train_batches.longest(1))
-    if unfinished and unfinished.restore(go_on):
-        print(f"going on after step {updater.steps:,}, in epoch {progress.epoch + 1}")
-    return progress
+def _state(trainer: Trainer, stopper: EarlyStopper, progress: Progress) -> dict[str, Any]:
+    """All that a resumed run needs; `ranks` holds what each rank has for itself."""
+    runtime = trainer.runtime
+    own = {"progress": progress.state_dict(), "random": random_state(runtime.device)}
+    return {
+        "trainer": trainer.state_dict(),
+        "stopper": stopper.state_dict(),
+        "ranks": runtime.gather([own]),
+    }
 
 
-def _save(
-    updater: "Updater", stopper: EarlyStopper, progress: Progress, unfinished: ResumeFile | None
+def _load_state(
+    state: dict[str, Any], trainer: Trainer, stopper: EarlyStopper, progress: Progress
 ) -> None:
-    progress.read_losses(skip=updater.scaler.is_enabled())
-    if unfinished:
-        common = {"updater": updater.state(), "stopper": stopper.state()}
-        unfinished.save(common, progress.plain())
+    own = state["ranks"][trainer.runtime.rank]
+    progress.load_state_dict(own["progress"])
+    trainer.load_state_dict(state["trainer"])
+    stopper.load_state_dict(state["stopper"])
+    set_random_state(own["random"], trainer.runtime.device)
+
+
+def report_memory(trainer: Trainer, batches: Batches) -> None:
+    """Run a forward and backward pass on the longest examples and say how much memory it took.
+
+    A batch too large for the memory fails now and not in the middle of an epoch. Weights and random
+    generators stay as they were.
+    """
+    runtime, model = trainer.runtime, trainer.bare_model
+    state = random_state(runtime.device)
+    model.train()
+    trainer.backward(batches.longest(batches.batch_size // runtime.world_size))
+    trainer.optimizer.zero_grad()
+    set_random_state(state, runtime.device)
+    text = f"a training step takes up to {runtime.peak_memory_mb() / 1000:.1f} GB of memory"
+    if runtime.device.type == "cuda":
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+        text += f", the GPU has {total / 1e9:.1f} GB"
+    print(text)
 
 
 def _record_epoch(
-    updater: Updater, progress: Progress, stopper: EarlyStopper, metrics: dict[str, float]
+    trainer: Trainer, progress: Progress, stopper: EarlyStopper, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """Have the stopper judge an epoch's metrics, and put them down in the history."""
+    """Have the stopper judge an epoch's metrics, and add them to the history."""
     if not all(map(math.isfinite, metrics.values())):
-        raise RunError(f"epoch {progress.epoch + 1}: the metrics are {metrics}: {STEADIER}")
+        raise UserError(f"epoch {progress.epoch + 1}: the metrics are {metrics}: {STEADIER}")
     record = {"epoch": progress.epoch + 1, **metrics}
-    if updater.scaler.is_enabled():
-        record["skipped_steps"] = updater.skipped_steps
+    if trainer.scaler.is_enabled():
+        record["skipped_steps"] = trainer.skipped_steps
     record["is_best"] = stopper.update(metrics)
     progress.history.append(record)
     return record
 
 
 def _train_epoch(
-    updater: Updater,
-    train_batches: Batches,
+    trainer: Trainer,
+    batches: Batches,
     progress: Progress,
     title: str,
     save: Callable[[], None],
@@ -263,39 +260,41 @@ def _train_epoch(
 
     Saves every so many steps, at the end, and when a signal asks the run to end.
     """
-    config, runtime = updater.config, updater.runtime
-    accum, n_batches = config.grad_accum, len(train_batches)
-    skip = updater.scaler.is_enabled()
-    counted = shown = time.perf_counter()
-    group: list[tuple[Tensor, Share, int]] = []  # what the next step is made of
-    batches = islice(train_batches.epoch(progress.epoch), progress.batches, None)
-    total, done, unit = train_batches.n_examples, progress.examples, train_batches.unit
-    bar = tqdm(None, title, total, initial=done, unit=unit, disable=not runtime.is_main)
+    config, runtime = trainer.config, trainer.runtime
+    accum, skip_infinite = config.grad_accum, trainer.scaler.is_enabled()
+    started = shown = time.perf_counter()
+    seconds_before = progress.seconds
+    rest = islice(batches.epoch(progress.epoch), progress.batches, None)
+    bar = tqdm(
+        desc=title,
+        total=batches.n_examples,
+        initial=progress.examples,
+        unit=batches.unit,
+        disable=not runtime.is_main,
+    )
     with bar, held_signals() as signal_came:
-        for i, (batch, share) in enumerate(batches, progress.batches):
-            in_group = min(accum, n_batches - i // accum * accum)
-            is_last = i % accum == in_group - 1
-            loss = updater.backward(batch, share.weight, in_group, is_last)
-            tokens = int(batch["attention_mask"].sum()) if share.weight else 0
-            group.append((loss, share, tokens))
+        for i, (batch, share) in enumerate(rest, progress.batches):
+            n_accumulated = min(accum, len(batches) - i // accum * accum)
+            is_last = i % accum == n_accumulated - 1
+            loss = trainer.backward(batch, share.weight, n_accumulated, is_last)
+            progress.count(trainer.steps + 1, batch, share, loss)
             bar.update(share.n_examples)
+            if not is_last:
+                continue
+            trainer.step()
             now = time.perf_counter()
-            if is_last:
-                updater.step()
-                progress.add(updater.steps, group, now - counted, runtime)
-                counted, group = now, []
-                if config.save_every and updater.steps % config.save_every == 0:
-                    save()
+            progress.seconds = seconds_before + now - started
+            if config.save_every and trainer.steps % config.save_every == 0:
+                save()
             if signum := runtime.largest(signal_came()):
                 save()
                 raise Interrupted(signum)
             if now - shown > 1:
-                if math.isfinite(running := progress.read_losses(skip)):
-                    bar.set_postfix(loss=f"{running:.4f}", refresh=False)
-                    log({"running_train_loss": running}, updater.steps)
                 shown = now
+                if math.isfinite(running := progress.read_losses(skip_infinite)):
+                    bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+                    log({"running_train_loss": running}, trainer.steps)
         save()
-        progress.seconds += time.perf_counter() - counted
         train_loss = progress.end_epoch(runtime)
         bar.set_postfix(loss=f"{train_loss:.4f}")
     return train_loss

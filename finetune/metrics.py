@@ -1,21 +1,55 @@
-"""Scores of paraphrase predictions."""
+"""Scores: of paraphrase predictions, and of poems by loss, chrF and a sonnet's form."""
 
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pronouncing
 import torch
 import torch.nn.functional as F
+from sacrebleu.metrics import CHRF
 from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
 from tqdm import tqdm
 
-from datasets import ANSWERS, TokenizedPairs, pair_batch, prediction_rows
+from data.sonnets import GIVEN_LINES, Sonnet
+from datasets import (
+    ANSWERS,
+    SonnetData,
+    TokenizedPairs,
+    TokenizedSonnet,
+    pair_batch,
+    prediction_rows,
+    sonnet_batch,
+)
+from finetune.generation import SonnetGenerator
 from finetune.runtime import Runtime
 from models.paraphrase_gpt import ParaphraseGPT
+from models.sonnet_gpt import sonnet_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PREDICTION_BATCH = 64  # rows; without gradients a batch takes little memory
+PREDICTION_BATCH = 64  # pairs; without gradients a batch takes little memory
+VALIDATION_BATCH = 16  # poems
+RHYMES = [(0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13)]  # ABAB CDCD EFEF GG
+
+
+@dataclass
+class ParaphraseScorer:
+    """Dev metrics of the current model, with the logits [N,2] that they are of."""
+
+    model: ParaphraseGPT
+    data: TokenizedPairs
+    runtime: Runtime
+    logits: torch.Tensor | None = None
+
+    def __call__(self) -> dict[str, float]:
+        """The metrics of an epoch."""
+        self.logits = paraphrase_logits(self.model, self.data, self.runtime, "dev")
+        return paraphrase_metrics(self.logits, self.data.labels)
 
 
 @torch.inference_mode()
@@ -26,7 +60,7 @@ def paraphrase_logits(
     model.eval()
     batches = prediction_rows(data, PREDICTION_BATCH)
     own = []
-    for rows in tqdm(runtime.mine(batches), name, leave=False, disable=not runtime.is_main):
+    for rows in tqdm(runtime.shard(batches), name, leave=False, disable=not runtime.is_main):
         batch = runtime.to_device(pair_batch(data, rows))
         with runtime.autocast():
             own.append(model(batch["input_ids"], batch["attention_mask"], batch["token_index"]))
@@ -46,7 +80,7 @@ def paraphrase_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, fl
     }
 
 
-def surest_mistakes(
+def most_confident_errors(
     logits: torch.Tensor, data: TokenizedPairs, tokenizer: "PreTrainedTokenizerFast", n: int = 10
 ) -> list[dict[str, Any]]:
     """The n wrong predictions of highest probability, with their prompts as the model read them."""
@@ -63,3 +97,120 @@ def surest_mistakes(
         }
         for i in wrong
     ]
+
+
+@dataclass
+class SonnetScorer:
+    """Losses and dev chrF of the current model, with the poems that the chrF is of."""
+
+    model: nn.Module
+    generator: SonnetGenerator
+    data: SonnetData
+    poems: list[Sonnet] = field(default_factory=list)
+
+    def validation_loss(self) -> float:
+        """Nats per token on the validation poems."""
+        return next_token_loss(self.model, self.data.validation_ids, self.generator.runtime)
+
+    def __call__(self) -> dict[str, float]:
+        """The metrics of an epoch."""
+        self.poems = self.generator.write(self.data.dev)
+        return {
+            "val_loss": self.validation_loss(),
+            "dev_loss": next_token_loss(self.model, self.data.gold_ids, self.generator.runtime),
+            "dev_chrf": chrf(self.poems, self.data.gold),
+        }
+
+    def final(self) -> dict[str, Any]:
+        """The metrics with the form of the poems, and that of Shakespeare's beside it."""
+        metrics = self() | sonnet_form(self.poems, self.data.train)
+        return metrics | {"shakespeare": sonnet_form(self.data.gold, self.data.train)}
+
+
+@torch.inference_mode()
+def next_token_loss(model: nn.Module, poems: list[TokenizedSonnet], runtime: Runtime) -> float:
+    """Mean loss over the targets of all tokenized poems, in nats per token."""
+    model.eval()
+    own = []
+    batches = [poems[i : i + VALIDATION_BATCH] for i in range(0, len(poems), VALIDATION_BATCH)]
+    for batch in map(sonnet_batch, runtime.shard(batches)):
+        with runtime.autocast():
+            loss = sonnet_loss(model, runtime.to_device(batch))
+        own.append((loss.item(), len(batch["targets"])))
+    losses, n_targets = zip(*runtime.gather(own), strict=True)
+    return sum(loss * n for loss, n in zip(losses, n_targets, strict=True)) / sum(n_targets)
+
+
+def chrf(poems: list[Sonnet], gold: list[Sonnet]) -> float:
+    """sacrebleu's corpus chrF, 0 to 100, of whole poems."""
+    texts, golds = (["\n".join(sonnet.lines) for sonnet in group] for group in (poems, gold))
+    return float(CHRF().corpus_score(texts, [golds]).score)
+
+
+def sonnet_form(poems: list[Sonnet], sources: Iterable[Sonnet]) -> dict[str, float]:
+    """How far the lines after the given ones have a sonnet's form, and how far they are copied.
+
+    `rhyming_pairs` is a share of the pairs of ABAB CDCD EFEF GG that have a line that was not
+    given; `longest_copied_run` counts consecutive words that also occur in one of the `sources`.
+    """
+    written = [poem.lines[GIVEN_LINES:] for poem in poems]
+    syllables = [sum(map(count_syllables, words(line))) for lines in written for line in lines]
+    pairs = [pair for pair in RHYMES if max(pair) >= GIVEN_LINES]
+    rhyming = [
+        max(pair) < len(poem.lines) and rhymes(*(poem.lines[i] for i in pair))
+        for poem in poems
+        for pair in pairs
+    ]
+    return {
+        "share_of_14_lines": float(np.mean([len(poem.lines) == 14 for poem in poems])),
+        "syllables_per_line": float(np.mean(syllables)) if syllables else 0.0,
+        "rhyming_pairs": float(np.mean(rhyming)),
+        "longest_copied_run": longest_common_run(written, [poem.lines for poem in sources]),
+    }
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; an apostrophe inside a word is part of it."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower().replace("’", "'"))
+
+
+def count_syllables(word: str) -> int:
+    """Syllables by the CMU dictionary, else groups of vowels without a silent e at the end."""
+    phones = pronouncing.phones_for_word(word)
+    if phones:
+        return pronouncing.syllable_count(phones[0])
+    return max(1, len(re.findall(r"[aeiouy]+", re.sub(r"(?<![aeiouyl])e$", "", word))))
+
+
+def rhymes(first: str, second: str) -> bool:
+    """True if two lines end in different words that sound alike from the last stressed vowel on.
+
+    A word that is not in the CMU dictionary is compared by its spelling from its last vowels on.
+    """
+    ends = [words(line)[-1:] for line in (first, second)]
+    if ends[0] == ends[1] or [] in ends:
+        return False
+    phones = [pronouncing.phones_for_word(word) for (word,) in ends]
+    if all(phones):
+        sounds = [{pronouncing.rhyming_part(phone) for phone in group} for group in phones]
+    else:
+        sounds = [{re.search(r"[aeiouy]*[^aeiouy]*e?$", word)[0]} for (word,) in ends]
+    return not sounds[0].isdisjoint(sounds[1])
+
+
+def longest_common_run(texts: Iterable[tuple], sources: Iterable[tuple]) -> int:
+    """Words of the longest run that one of the `texts` (its lines) shares with a source."""
+    streams = [[words(" ".join(lines)) for lines in group] for group in (texts, sources)]
+    length = 0
+    while True:
+        ours, theirs = (
+            {
+                gram
+                for stream in group
+                for gram in zip(*(stream[i:] for i in range(length + 1)), strict=False)
+            }
+            for group in streams
+        )
+        if ours.isdisjoint(theirs):
+            return length
+        length += 1

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from finetune.files import new_folder
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, HF_NAMES, CheckpointError, read_json, read_tensors, save_gpt2
+from models.pretrained import BUNDLED, HF_NAMES, read_json, read_tensors, save_gpt2
 from modules.adapters import adapter_state, load_adapter_state
 from modules.lora import FUSED, LoRAConfig, LoRALinear, add_lora, merge_lora
+from modules.settings import UserError
 
 if TYPE_CHECKING:
     from transformers import GPT2TokenizerFast
@@ -120,10 +121,11 @@ def write_exports(
     config: LoRAConfig,
     base: str | Path,
     tokenizer: "GPT2TokenizerFast",
+    *,
     peft_folder: Path | None,
     merged_folder: Path | None,
 ) -> dict[str, Path]:
-    """Write what is wanted of both; returns the folders. `base` is a size or a folder."""
+    """Write the formats whose folder is given; returns the folders."""
     written = {}
     if peft_folder:
         export_peft(gpt, config, base, peft_folder)
@@ -164,7 +166,7 @@ def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> 
 def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
     """The adapters of a PEFT LoRA folder, by layer and name in it.
 
-    Raises CheckpointError for what is no such folder, and for what this project's LoRA is not.
+    Raises UserError for what is no such folder, and for what this project's LoRA is not.
     """
     config = _read_config(folder)
     matrices: dict[tuple[int, str], dict[str, Tensor]] = {}
@@ -172,22 +174,22 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
     for key, tensor in read_tensors(folder / WEIGHTS):
         match = KEY.fullmatch(key)
         if not match or match[2] not in own_names or tensor.ndim != 2:
-            raise CheckpointError(
+            raise UserError(
                 f"{folder / WEIGHTS}: {key} is no LoRA of a linear layer of a GPT-2 block, which "
                 "is all that can be read"
             )
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{folder / WEIGHTS}: {key} has values that are not finite")
+            raise UserError(f"{folder / WEIGHTS}: {key} has values that are not finite")
         place = int(match[1]), own_names[match[2]]
         matrices.setdefault(place, {})[match[3]] = tensor.float()
     if not matrices:
-        raise CheckpointError(f"{folder / WEIGHTS} holds no adapter")
+        raise UserError(f"{folder / WEIGHTS} holds no adapter")
     adapters = {}
     for (layer, name), pair in sorted(matrices.items()):
         where = f"{folder / WEIGHTS}: layer {layer}, {HF_NAMES[name]}"
         rank = pair["A"].shape[0] if len(pair) == 2 else 0
         if not rank or pair["B"].shape[1] != rank:
-            raise CheckpointError(f"{where}: A and B do not belong together")
+            raise UserError(f"{where}: A and B do not belong together")
         alpha = _alpha(config, f"transformer.h.{layer}.{HF_NAMES[name]}", folder / CONFIG)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         adapters[layer, name] = LowRank(pair["A"], pair["B"], scale)
@@ -197,13 +199,13 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
-        raise CheckpointError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
+        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
     config = read_json(path)
     if not isinstance(config.get("lora_alpha"), int | float):
-        raise CheckpointError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
+        raise UserError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
     for key, (allowed, meaning) in REFUSED.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(
+            raise UserError(
                 f"{path}: {key} is {config[key]!r}: this LoRA cannot represent {meaning}"
             )
     return config
@@ -216,9 +218,9 @@ def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
         alpha = float(patterns.get(next(matching, None), config["lora_alpha"]))
     except (re.error, AttributeError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: {patterns!r} is no alpha_pattern") from None
+        raise UserError(f"{path}: {patterns!r} is no alpha_pattern") from None
     if not math.isfinite(alpha):
-        raise CheckpointError(f"{path}: an alpha is {alpha}")
+        raise UserError(f"{path}: an alpha is {alpha}")
     return alpha
 
 
@@ -228,12 +230,12 @@ def _parts(
     """Layer, name and target with the adapter of this target alone; checks the shapes."""
     for (layer, name), adapter in adapters.items():
         if layer >= len(gpt.gpt_layers):
-            raise CheckpointError(
+            raise UserError(
                 f"the PEFT adapter has a layer {layer}, the model 0 to {len(gpt.gpt_layers) - 1}"
             )
         shape = list(gpt.gpt_layers[layer].get_submodule(name).weight.shape)
         if [adapter.B.shape[0], adapter.A.shape[1]] != shape:
-            raise CheckpointError(
+            raise UserError(
                 f"the PEFT adapter of layer {layer}, {HF_NAMES[name]}, changes a weight of "
                 f"{[adapter.B.shape[0], adapter.A.shape[1]]}, the model's is {shape}"
             )

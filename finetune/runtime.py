@@ -1,4 +1,4 @@
-"""What a run stands on: random seeds, device, precision, processes."""
+"""Where a run computes: device, precision, ranks, random generators."""
 
 import contextlib
 import os
@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from modules.adapters import describe_parameters
+from modules.adapters import count_parameters
 from modules.kernels import accelerate
+from modules.settings import UserError
 
 Item = TypeVar("Item")
 PRECISIONS = {  # name -> autocast type
@@ -33,14 +34,9 @@ LESS_MEMORY = (
 STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 
-class RunError(ValueError):
-    """A run that cannot go on; the message is one sentence."""
-
-
 @dataclass(frozen=True)
 class Runtime:
-    """The device of a run, the type its matrix products are computed in (None is float32), and
-    which of how many processes this is. Process 0 alone prints and writes."""
+    """Device, autocast type (None is float32) and rank. Rank 0 alone prints and writes."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
@@ -49,20 +45,15 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Is this the process that prints and writes?"""
+        """True for rank 0."""
         return self.rank == 0
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Rank, number of processes."""
-        return self.rank, self.world_size
-
-    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
-        """The items that are dealt out to this process, every `world_size`-th."""
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's shard of the items, every `world_size`-th."""
         return items[self.rank :: self.world_size]
 
     def gather(self, own: Sequence[Item]) -> list[Item]:
-        """What all processes made of the items dealt out by `mine`, in the order of the items."""
+        """What all ranks made of their shards, in the order of the items."""
         if self.world_size == 1:
             return list(own)
         parts: list[Any] = [None] * self.world_size
@@ -73,14 +64,14 @@ class Runtime:
         return merged
 
     def from_main(self, make: Callable[[], Item]) -> Item:
-        """What process 0 makes, for all of them."""
+        """What `make` returns on rank 0, for all ranks."""
         made = [make() if self.is_main else None]
         if self.world_size > 1:
             dist.broadcast_object_list(made)
         return made[0]
 
     def largest(self, number: int) -> int:
-        """The largest of the numbers that the processes have, each one."""
+        """The largest number of all ranks."""
         if self.world_size == 1:
             return number
         numbers = torch.tensor([number])
@@ -88,9 +79,9 @@ class Runtime:
         return int(numbers)
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model to train: in several processes their gradients are averaged.
+        """The model to train; with several ranks their gradients are averaged.
 
-        Each process draws dropout masks of its own from here on.
+        Each rank draws its own dropout masks from here on.
         """
         if self.world_size == 1:
             return model
@@ -104,29 +95,19 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def prepare(
-        self, model: nn.Module, compile: bool = False, gradient_checkpointing: bool = False
-    ) -> None:
-        """Bring the model to the device, with what is wanted of it, and say how large it is.
-
-        The frozen matrices go to the autocast type once and for all, which changes no result:
-        autocast would round them the same way in every forward.
-        """
-        for layer in model.modules():
-            if hasattr(layer, "gradient_checkpointing"):
-                layer.gradient_checkpointing = gradient_checkpointing
-            is_frozen = isinstance(layer, nn.Linear) and not layer.weight.requires_grad
-            if self.autocast_dtype and is_frozen:
-                for frozen in (layer.weight, layer.bias):
-                    frozen.data = frozen.data.to(self.autocast_dtype)
+    def prepare(self, model: nn.Module, compile: bool = False) -> None:
+        """Bring a finished model to the device, and compile or accelerate it."""
+        if self.autocast_dtype:
+            round_frozen_matrices(model, self.autocast_dtype)
         model.to(self.device)
         if compile:
             model.compile(dynamic=True)
         else:
             accelerate(model)
-        print(f"{describe_parameters(model)}, on {self.device}")
+        trained, total = count_parameters(model)
+        print(f"{total:,} parameters, {trained:,} of them trainable, on {self.device}")
         if self.world_size > 1:
-            print(f"{self.world_size} processes, --batch_size is for each of them")
+            print(f"{self.world_size} ranks, --batch_size is for each of them")
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The batch on the device, by a copy that a GPU does not wait for."""
@@ -150,44 +131,56 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def make_runtime(use_gpu: bool, precision: str, deterministic: bool = False) -> Runtime:
-    """Choose device (CUDA, else Apple's MPS, where a GPU is asked for) and precision.
+def round_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen linear layers once; autocast would round them the same in every forward."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            for frozen in (layer.weight, layer.bias):
+                frozen.data = frozen.data.to(dtype)
 
-    Under torchrun this joins the other processes, each with a GPU of its own or all on CPUs.
-    `deterministic` has a GPU give the same bits in every run; what cannot do so warns.
+
+def start(use_gpu: bool, precision: str, deterministic: bool, seed: int) -> Runtime:
+    """Choose device (CUDA, else Apple's MPS, if a GPU is asked for) and precision, and seed all.
+
+    Under torchrun this joins the other ranks, each with a GPU of its own or all on CPUs.
+    `deterministic` chooses GPU kernels that give the same bits in every run, and warns of others.
+    Raises UserError for what this machine has not.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS documents
         torch.use_deterministic_algorithms(True, warn_only=True)
     rank, world_size, local_rank = torchrun_place()
-    if not use_gpu:
-        device = torch.device("cpu")
-    elif torch.cuda.is_available():
-        n_gpus = torch.cuda.device_count()
-        if local_rank >= n_gpus:
-            raise RunError(f"--nproc_per_node is more than the {n_gpus} GPUs of this machine")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    elif torch.backends.mps.is_available() and world_size == 1:
-        device = torch.device("mps")
-    else:
-        raise RunError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
+    device = _find_device(use_gpu, world_size, local_rank)
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
             native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if native_bf16 else "fp16"
     if precision == "fp16" and device.type != "cuda":
-        raise RunError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
+        raise UserError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end of the process
+    seed_everything(seed)
     return Runtime(device, PRECISIONS[precision], rank, world_size)
 
 
+def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.device:
+    if not use_gpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            raise UserError(f"--nproc_per_node is more than the {n_gpus} GPUs of this machine")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    if torch.backends.mps.is_available() and world_size == 1:
+        return torch.device("mps")
+    raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
+
+
 def torchrun_place() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, as torchrun sets them; else 0, 1, 0."""
+    """Rank, number of ranks, and rank on this machine, as torchrun sets them; else 0, 1, 0."""
     if not dist.is_torchelastic_launched():
         return 0, 1, 0
     return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -201,7 +194,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where all generators of this process stand, in plain values and tensors."""
+    """The state of all generators of this process, in plain values and tensors."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
@@ -211,7 +204,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Have all generators go on from what `random_state` gave."""
+    """Restore all generators from `random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -1,6 +1,5 @@
 """GPT-2 (Radford et al. 2019): the transformer without a task head."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ class GPT2Model(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path) -> "GPT2Model":
         """The model of a size in SIZES or of a checkpoint folder, in float32.
 
-        Raises CheckpointError for what is not found or does not fit.
+        Raises UserError for what is not found or does not fit.
         """
         folder = find_checkpoint(name_or_folder)
         with torch.device("meta"):
@@ -72,26 +71,23 @@ class GPT2Model(nn.Module):
         prompt_lengths: Tensor | None = None,
         last_only: bool = False,
     ) -> dict[str, Tensor]:
-        """`last_hidden_state` [B,T,C], `last_token` [B,C]: the state at each row's last token, and
-        `token_states` [N,C] of the N tokens, row by row; with `last_only`, `last_token` alone.
+        """`last_hidden_state` [B,T,C]; `last_token` [B,C], the state at each row's last token;
+        `token_states` [N,C] of all tokens, row by row. With `last_only`, `last_token` alone.
 
         `attention_mask` [B,T] is 1 where `input_ids` [B,T] holds a token; `token_index` as in
-        `TokenLayout.of`. With a `cache`, the tokens follow those read before. `prompt_lengths` [B]
-        are the tokens of each row that ReFT counts as its prompt, by default all that are given.
-        Raises ValueError for more tokens than positions.
+        `TokenLayout.of`. With a `cache`, the tokens follow those read before. ReFT counts the first
+        `prompt_lengths` [B] tokens of a row as its prompt, by default all that are given.
         """
-        past = cache.longest if cache else 0
-        if past + input_ids.shape[1] > self.config.n_positions:
-            raise ValueError(
-                f"{past + input_ids.shape[1]} tokens given, the model has "
-                f"{self.config.n_positions} positions"
-            )
-        cached = cache.lengths if cache else None
-        layout = TokenLayout.of(input_ids, attention_mask, token_index, cached)
+        layout = self._layout(input_ids, attention_mask, token_index, cache)
         h = self.word_embedding(layout.tokens_of(input_ids)) + self.pos_embedding(layout.position)
         h = self.embed_dropout(h)  # [N,C]
-        intervened = self._intervened(layout, prompt_lengths, past)
-        h = self._through_layers(h, layout, cache, intervened, last_only)
+        intervened = self._intervened(layout, cache, prompt_lengths)
+        mask = layout.visible(cache.longest) if cache and cache.longest else None
+        for i, layer in enumerate(self.gpt_layers):
+            is_last = last_only and i + 1 == len(self.gpt_layers)
+            if is_last and layout.shape[1] > 1:
+                mask = layout.visible_to_last(mask)
+            h = self._run(layer, h, layout, mask, cache and cache.layers[i], intervened, is_last)
         h = self.final_layer_norm(h)
         if cache:
             cache.advance(layout)
@@ -100,32 +96,33 @@ class GPT2Model(nn.Module):
         rows = layout.in_place(h)
         return {"last_hidden_state": rows, "last_token": h[layout.last], "token_states": h}
 
-    def _through_layers(
+    def _layout(
         self,
-        h: Tensor,
-        layout: TokenLayout,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_index: Tensor | None,
         cache: KVCache | None,
-        intervened: Tensor | None,
-        last_only: bool,
-    ) -> Tensor:
-        """h [N,C] after all blocks; with `last_only` [B,C], the last block computing no more."""
-        mask = layout.visible(cache.longest) if cache and cache.longest else None
-        for i, layer in enumerate(self.gpt_layers):
-            is_last = last_only and i + 1 == len(self.gpt_layers)
-            if is_last and layout.shape[1] > 1:
-                mask = layout.visible_to_last(mask)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                layer = partial(checkpoint, layer, use_reentrant=False)
-            h = layer(h, layout, mask, cache.layers[i] if cache else None, intervened, is_last)
-        return h
+    ) -> TokenLayout:
+        """Where the tokens are; raises ValueError for more than there are positions."""
+        n, limit = input_ids.shape[1] + (cache.longest if cache else 0), self.config.n_positions
+        if n > limit:
+            raise ValueError(f"{n} tokens given, the model has {limit} positions")
+        cached = cache.lengths if cache else None
+        return TokenLayout.of(input_ids, attention_mask, token_index, cached)
+
+    def _run(self, layer: nn.Module, *inputs) -> Tensor:
+        """The layer's output; under gradient checkpointing it is recomputed in the backward."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def _intervened(
-        self, layout: TokenLayout, prompt_lengths: Tensor | None, past: int
+        self, layout: TokenLayout, cache: KVCache | None, prompt_lengths: Tensor | None
     ) -> Tensor | None:
         """Where ReFT intervenes, bool [N,1]; None is everywhere."""
         if self.intervention_positions is None:
             return None
-        if prompt_lengths is None and past:
+        if prompt_lengths is None and cache and cache.longest:
             raise ValueError("ReFT at positions of the prompt needs prompt_lengths beside a cache")
         lengths = layout.lengths if prompt_lengths is None else prompt_lengths
         return self.intervention_positions.of(layout.position, lengths[layout.row])

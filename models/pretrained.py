@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models.config import SIZES, GPT2Config
 from modules.adapters import is_adapter
+from modules.settings import UserError
 
 if TYPE_CHECKING:
     from transformers import GPT2TokenizerFast
@@ -42,22 +43,18 @@ IGNORED = re.compile(r"^(h\.\d+\.attn\.(masked_)?bias|lm_head\.weight)$")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
-class CheckpointError(ValueError):
-    """A checkpoint or tokenizer that cannot be found or used; the message is one sentence."""
-
-
 def find_checkpoint(name_or_folder: str | Path) -> Path:
     """The folder of a checkpoint: that of a size in SIZES, or the one given.
 
     All but the bundled size come from the Hugging Face cache, else from the hub. Raises
-    CheckpointError where there is no such folder or size, or the hub does not answer.
+    UserError if there is no such folder or size, or the hub does not answer.
     """
     if name_or_folder == "gpt2-nano":
         return BUNDLED
     if name_or_folder in SIZES:
         return _find_on_hub(str(name_or_folder))
     if not Path(name_or_folder).is_dir():
-        raise CheckpointError(
+        raise UserError(
             f"{name_or_folder} is neither a folder nor one of the models {', '.join(SIZES)}"
         )
     return Path(name_or_folder)
@@ -76,7 +73,7 @@ def _find_on_hub(name: str) -> Path:
         files = [hf_hub_download(name, file) for file in HUB_FILES]
         return Path(files[0]).parent
     except (OSError, httpx.HTTPError) as error:
-        raise CheckpointError(
+        raise UserError(
             f"{name} is not in the Hugging Face cache and could not be fetched from the hub "
             f"({type(error).__name__}: {first_line(error)}): pass --model_path FOLDER with a GPT-2 "
             "checkpoint, or --model_size gpt2-nano for the bundled model"
@@ -86,24 +83,22 @@ def _find_on_hub(name: str) -> Path:
 def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "GPT2TokenizerFast":
     """The byte-level BPE tokenizer of a checkpoint folder.
 
-    Raises CheckpointError for what is none, or not one for embeddings of `vocab_size` tokens.
+    Raises UserError for what is none, or not one for embeddings of `vocab_size` tokens.
     """
     from transformers import GPT2TokenizerFast
 
     if not (folder / "tokenizer.json").exists():
         for file in ("vocab.json", "merges.txt"):
             if not (folder / file).exists():
-                raise CheckpointError(f"{folder} has no tokenizer: {file} is missing")
+                raise UserError(f"{folder} has no tokenizer: {file} is missing")
     try:
         tokenizer = GPT2TokenizerFast.from_pretrained(folder)
         if "Ċ" not in tokenizer.get_vocab():
             raise ValueError("it is no byte-level BPE")
     except Exception as error:  # tokenizers raises nothing more special
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be used: {first_line(error)}"
-        ) from error
+        raise UserError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
     if vocab_size and not vocab_size / 2 <= len(tokenizer) <= vocab_size:
-        raise CheckpointError(
+        raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
             f"{vocab_size:,}: they do not belong together"
         )
@@ -111,23 +106,23 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "GPT2Tokenize
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises CheckpointError."""
+    """A JSON object from a file; raises UserError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from None
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return value
 
 
 def load_config(folder: Path) -> GPT2Config:
-    """Read `config.json`, refusing what this GPT-2 does not compute."""
+    """Read `config.json`; raises UserError for what this GPT-2 does not compute."""
     path = folder / "config.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} holds no GPT-2 checkpoint: no config.json in it")
+        raise UserError(f"{folder} holds no GPT-2 checkpoint: it has no config.json")
     given = read_json(path)
     for field in fields(GPT2Config):
         value = given.get(field.name, field.default)
@@ -137,7 +132,7 @@ def load_config(folder: Path) -> GPT2Config:
             fits = type(value) in (int, float) and 0 <= value < 1
             allowed = "a number of 0 or more below 1"
         if not fits:
-            raise CheckpointError(f"{path}: {field.name} is {value!r:.40}, it has to be {allowed}")
+            raise UserError(f"{path}: {field.name} is {value!r:.40}, it must be {allowed}")
     required = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -148,15 +143,15 @@ def load_config(folder: Path) -> GPT2Config:
     }
     for key, allowed in required.items():
         if given.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{path}: {key} is {given[key]!r}, this GPT-2 has {allowed[0]!r}")
+            raise UserError(f"{path}: {key} is {given[key]!r}, this GPT-2 has {allowed[0]!r}")
     config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
     if config.n_embd % config.n_head:
-        raise CheckpointError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
     layer = 12 * config.n_embd**2  # its matrices alone
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
     size = sum(file.stat().st_size for file in _weight_files(folder) if file.exists())
     if least > max(size, 10**8):  # before memory is asked for that there may not be
-        raise CheckpointError(
+        raise UserError(
             f"{path} makes a model of over {least:,} parameters, its weights have {size:,} bytes"
         )
     return config
@@ -175,7 +170,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             elif not IGNORED.match(name):
                 unexpected.append(stored_name)
     if missing or unexpected:
-        raise CheckpointError(
+        raise UserError(
             f"{folder} does not fit its config.json: missing {_some(missing)}, "
             f"unexpected {_some(unexpected)}"
         )
@@ -226,15 +221,15 @@ def _weight_files(folder: Path) -> list[Path]:
             shards = read_json(index).get("weight_map")
             shards = set(map(str, shards.values())) if isinstance(shards, dict) else {"/"}
             if any(Path(shard).name != shard for shard in shards):
-                raise CheckpointError(f"{index}: weight_map has to name files of its own folder")
+                raise UserError(f"{index}: weight_map must name files in its own folder")
             return [folder / shard for shard in sorted(shards)]
-    raise CheckpointError(
+    raise UserError(
         f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
     )
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, in an order in which file and model are never both in memory whole."""
+    """Name and tensor, in an order in which file and model are never both in memory entirely."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -247,11 +242,11 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             state = read_plain(path)
             if not isinstance(state, dict):
-                raise CheckpointError(f"{path} holds no weights by name")
+                raise UserError(f"{path} holds no weights by name")
             for name in list(state):
                 yield str(name), state.pop(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_plain(path: Path) -> Any:
@@ -261,35 +256,35 @@ def read_plain(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about pickles of other kinds
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes any of them
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and not code:
             reason = "is damaged or was not written by torch.save"
         elif code:
-            reason = f"holds {code[1]}, which could run code: it may hold but tensors"
+            reason = f"holds {code[1]}, which could run code: only tensors are allowed"
         else:
             reason = f"is damaged or was not written by torch.save ({first_line(error)})"
-        raise CheckpointError(f"{path} {reason}") from error
+        raise UserError(f"{path} {reason}") from error
 
 
 def first_line(error: Exception) -> str:
-    """An error's message as far as its first line goes, or its name."""
+    """The first line of an error's message, or its name."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _place(parameter: Tensor, tensor: Any, where: str, name: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"{where} is no tensor")
+        raise UserError(f"{where} is not a tensor")
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
     if tensor.shape != parameter.shape or not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{where} is {tensor.dtype} {list(tensor.shape)}, the config.json beside it makes it "
-            f"a float of {list(parameter.shape)}"
+        raise UserError(
+            f"{where} is {tensor.dtype} {list(tensor.shape)}, by config.json it "
+            f"must be a float of {list(parameter.shape)}"
         )
     if not tensor.sum(dtype=torch.float32).isfinite():  # takes no memory to speak of
-        raise CheckpointError(f"{where} has values that are not finite")
+        raise UserError(f"{where} has values that are not finite")
     parameter.data = tensor.to(torch.float32).contiguous()
 
 

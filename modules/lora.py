@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.adapters import AdapterError, chosen_layers, freeze_base
+from modules.adapters import chosen_layers, freeze_base
+from modules.settings import UserError, check_settings, setting
 
 FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
 TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
@@ -16,23 +17,21 @@ TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which linear layers get an adapter, and its rank, scale alpha/rank and dropout."""
+    """Which linear layers get an adapter, and its size; raises UserError for other values."""
 
     method: ClassVar[str] = "lora"
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.1
-    targets: tuple[str, ...] = TARGETS
-    layers: tuple[int, ...] | None = None  # None is every layer
+    rank: int = setting(8, "rows of A, columns of B", least=1)
+    alpha: float = setting(16.0, "the adapter is scaled by alpha / rank", above=0)
+    dropout: float = setting(0.1, "on the adapter's input", least=0, below=1)
+    targets: tuple[str, ...] = setting(
+        TARGETS, f"layers that get an adapter, of {', '.join(TARGETS)} [all]", choices=TARGETS
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, "blocks that get adapters, counted from 0 [all]", least=0
+    )
 
     def __post_init__(self):
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        if unknown or not self.targets:
-            raise AdapterError(f"LoRA targets {unknown}: allowed are {', '.join(TARGETS)}")
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise AdapterError(
-                f"LoRA rank {self.rank} must be 1 or more, dropout {self.dropout} in [0, 1)"
-            )
+        check_settings(self)
 
 
 class LoRALinear(nn.Linear):
@@ -96,7 +95,7 @@ class LoRALinear(nn.Linear):
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:
     """Replace the target layers of a loaded GPT-2 by LoRA ones and freeze all other weights."""
     if config.rank > gpt.config.n_embd:
-        raise AdapterError(
+        raise UserError(
             f"LoRA rank {config.rank} is more than the model's width, {gpt.config.n_embd}"
         )
     parts = tuple(name in config.targets for name in FUSED)

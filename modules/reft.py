@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.adapters import AdapterError, chosen_layers, freeze_base
+from modules.adapters import chosen_layers, freeze_base
+from modules.settings import UserError, check_settings, setting
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # Not F.relu, whose slope at 0 is 0: (No)DiReFT starts at 0 and would stay there.
@@ -23,39 +24,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "linear": lambda x: x,
 }
+TYPES = ("adapter", "loreft", "noreft", "direft", "nodireft")
 LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> hook point of a GPT2Layer
 
 
 @dataclass(frozen=True)
 class ReFTConfig:
-    """Which intervention is put where, and its size."""
+    """Which intervention is put where, and its size; raises UserError for other values."""
 
     method: ClassVar[str] = "reft"
-    type: str = "adapter"
-    rank: int = 4
-    alpha: float = 16.0  # `adapter` alone is scaled, by alpha/rank
-    dropout: float = 0.0  # on what is added to h
-    activation: str | None = None  # None is relu for `adapter`, else linear, as in the paper
-    locations: tuple[str, ...] = tuple(LOCATIONS)
-    layers: tuple[int, ...] | None = None  # None is every layer
-    positions: str = "all"
+    type: str = setting("adapter", f"{', '.join(TYPES)} [%(default)s]", choices=TYPES)
+    rank: int = setting(4, "dimensions of the subspace that is intervened on", least=1)
+    alpha: float = setting(16.0, "the type adapter alone is scaled, by alpha / rank", above=0)
+    dropout: float = setting(0.0, "on what is added to the states", least=0, below=1)
+    activation: str | None = setting(
+        None,
+        "[relu for the type adapter, linear, as in the paper, for the others]",
+        choices=ACTIVATIONS,
+    )
+    locations: tuple[str, ...] = setting(
+        tuple(LOCATIONS), "intervene after these parts of a block [both]", choices=LOCATIONS
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, "blocks with interventions, counted from 0 [all]", least=0
+    )
+    positions: str = setting(
+        "all",
+        "all, or the prompt's first N and last M, each half of it at most: fN+lM, fN, lM [all]",
+        check=lambda text: Positions.parse(text),
+    )
 
     def __post_init__(self):
         if self.activation is None:
             activation = "relu" if self.type == "adapter" else "linear"
             object.__setattr__(self, "activation", activation)
-        for name, chosen, allowed in (
-            ("type", [self.type], INTERVENTIONS),
-            ("activation", [self.activation], ACTIVATIONS),
-            ("locations", self.locations, LOCATIONS),
-        ):
-            if not chosen or set(chosen) - set(allowed):
-                raise AdapterError(f"ReFT {name} {list(chosen)}: allowed are {', '.join(allowed)}")
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise AdapterError(
-                f"ReFT rank {self.rank} must be 1 or more, dropout {self.dropout} in [0, 1)"
-            )
-        Positions.parse(self.positions)
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Positions:
         first = int(match["first"] or match["f"] or 0) if match else 0
         last = int(match["last"] or 0) if match else 0
         if first == last == 0:
-            raise AdapterError(f"ReFT positions {text!r}: allowed are all, fN+lM, fN and lM")
+            raise UserError(f"ReFT positions {text!r}: allowed are all, fN+lM, fN and lM")
         return cls(first, last)
 
     def of(self, position: Tensor, prompt_length: Tensor) -> Tensor:
@@ -194,13 +197,9 @@ class DiReFT(Orthonormal):
         return self.act(F.linear(h, self.reft_W, self.reft_b)) @ self.reft_R
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = {
-    "adapter": Adapter,
-    "loreft": LoReFT,
-    "noreft": NoReFT,
-    "direft": DiReFT,
-    "nodireft": NoDiReFT,
-}
+INTERVENTIONS: dict[str, type[Intervention]] = dict(
+    zip(TYPES, (Adapter, LoReFT, NoReFT, DiReFT, NoDiReFT), strict=True)
+)
 
 
 @torch.no_grad()
@@ -218,7 +217,7 @@ def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
     """Put interventions at the hook points of a loaded GPT-2 and freeze all its weights."""
     width = gpt.config.n_embd
     if config.rank > width:
-        raise AdapterError(f"ReFT rank {config.rank} is more than the model's width, {width}")
+        raise UserError(f"ReFT rank {config.rank} is more than the model's width, {width}")
     for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
         layer = gpt.gpt_layers[index]
         device = layer.out_dense.weight.device

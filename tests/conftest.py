@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 
+from finetune.loop import FitConfig
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, load_tokenizer
-from modules import kernels
+from modules import onednn
+from modules.adapters import trainable
 
 ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
@@ -75,6 +77,13 @@ def pyreft_interventions() -> ModuleType:
     return module
 
 
+def adamw(model: torch.nn.Module, config: FitConfig) -> torch.optim.AdamW:
+    """The optimizer of the scripts."""
+    return torch.optim.AdamW(
+        trainable(model), lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
+    )
+
+
 def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:
     """A small Hugging Face GPT-2, with weights large enough that a wrong detail shows."""
     torch.manual_seed(0)
@@ -118,11 +127,11 @@ def gpt(hf_folder):
 @pytest.fixture(params=["F.linear", "oneDNN"])
 def library(request, monkeypatch):
     """What computes the float32 matmuls of a CPU, small ones too."""
-    onednn = request.param == "oneDNN"
-    if onednn and not kernels.onednn_works():
+    use_onednn = request.param == "oneDNN"
+    if use_onednn and not onednn.onednn_works():
         pytest.skip("PyTorch has no oneDNN for this CPU")
-    monkeypatch.setattr(kernels, "onednn_leads", lambda: onednn)
-    monkeypatch.setattr(kernels, "ONEDNN_MIN_SIZE", 0)
+    monkeypatch.setattr(onednn, "onednn_leads", lambda: use_onednn)
+    monkeypatch.setattr(onednn, "MIN_SIZE", 0)
     return request.param
 
 

@@ -1,7 +1,7 @@
 """What a user may get wrong: one sentence each, exit code 2 for flags and 1 for the rest."""
 
-import importlib
 import json
+import runpy
 import shutil
 import struct
 import sys
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.pretrained import BUNDLED
-from tests.conftest import Evil
+from tests.conftest import ROOT, Evil
 
 LP, RP = "lora_paraphrase_detection", "reft_paraphrase_detection"
 LS, RS = "lora_sonnet_generation", "reft_sonnet_generation"
@@ -41,12 +41,11 @@ NAMES = {
 
 def complaint(script: str, flags: list[str], monkeypatch, capsys) -> tuple[int, str]:
     """Exit code and what was said, of a script that is run as a person does."""
-    module = importlib.import_module(script)
     files = FILES["poems" if "sonnet" in script else "pairs"]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *QUICK, *files, *flags])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        module.run(module.main)
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     return stopped.value.code, capsys.readouterr().err
 
 
@@ -68,26 +67,24 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 USAGE = [  # script, flags, what is said
-    (LP, "--epochs 0", "--epochs: '0' is not a whole number of 1 or more"),
+    (LP, "--epochs 0", "--epochs: 0 is not a whole number of 1 or more"),
     (LP, "--epochs 1.5", "--epochs: '1.5' is not a whole number"),
-    (LP, "--epochs 99999999999999999999", "'99999999999999999999' is not a whole number"),
-    (LP, "--epochs 2000000000", "is not a whole number of 1000000000 or less"),
     (LP, "--epochs", "--epochs: expected one argument"),
-    (LP, "--batch_size -4", "--batch_size: '-4' is not a whole number of 1 or more"),
-    (LP, "--lr 0", "--lr: '0' is not a number above 0"),
-    (LP, "--lr nan", "--lr: 'nan' is not a number above 0"),
-    (LP, "--lr 1e999", "--lr: '1e999' is not a number above 0"),
+    (LP, "--batch_size -4", "--batch_size: -4 is not a whole number of 1 or more"),
+    (LP, "--lr 0", "--lr: 0 is not a number above 0"),
+    (LP, "--lr nan", "--lr: nan is not a number above 0"),
+    (LP, "--lr 1e999", "--lr: inf is not a number above 0"),
     (LP, "--lr fast", "--lr: 'fast' is not a number above 0"),
-    (LP, "--weight_decay -1", "--weight_decay: '-1' is not a number of 0 or more"),
-    (LP, "--grad_accum 0", "--grad_accum: '0' is not a whole number of 1 or more"),
-    (LP, "--grad_clip -1", "--grad_clip: '-1' is not a number of 0 or more"),
+    (LP, "--weight_decay -1", "--weight_decay: -1 is not a number of 0 or more"),
+    (LP, "--grad_accum 0", "--grad_accum: 0 is not a whole number of 1 or more"),
+    (LP, "--grad_clip -1", "--grad_clip: -1 is not a number of 0 or more"),
     (LP, "--lr_schedule step", "invalid choice: 'step' (choose from"),
-    (LP, "--warmup_ratio 1", "--warmup_ratio: '1' is not a number of 0 or more and below"),
-    (LP, "--early_stopping_patience -1", "'-1' is not a whole number of 0 or more"),
-    (LP, "--min_improvement inf", "--min_improvement: 'inf' is not a number of 0 or more"),
-    (LP, "--lora_rank 0", "--lora_rank: '0' is not a whole number of 1 or more"),
-    (LP, "--lora_alpha 0", "--lora_alpha: '0' is not a number above 0"),
-    (LP, "--lora_dropout 1", "--lora_dropout: '1' is not a number of 0 or more and below"),
+    (LP, "--warmup_ratio 1", "--warmup_ratio: 1 is not a number of 0 or more and below"),
+    (LP, "--early_stopping_patience -1", "-1 is not a whole number of 0 or more"),
+    (LP, "--min_improvement inf", "--min_improvement: inf is not a number of 0 or more"),
+    (LP, "--lora_rank 0", "--lora_rank: 0 is not a whole number of 1 or more"),
+    (LP, "--lora_alpha 0", "--lora_alpha: 0 is not a number above 0"),
+    (LP, "--lora_dropout 1", "--lora_dropout: 1 is not a number of 0 or more and below"),
     (LP, "--lora_targets c_attn", "invalid choice: 'c_attn' (choose from"),
     (LP, "--lora_targets", "--lora_targets: expected at least one argument"),
     (LP, "--lora_layers last", "--lora_layers: 'last' is not a whole number of 0 or more"),
@@ -97,18 +94,18 @@ USAGE = [  # script, flags, what is said
     (RP, "--reft_positions f0", "ReFT positions 'f0': allowed are all, fN+lM, fN and lM"),
     (RP, "--export_merged m", "no weight of GPT-2 and no LoRA can do"),
     (RP, "--export_peft m", "ReFT edits the states between GPT-2's blocks"),
-    (LS, "--top_p 0", "--top_p: '0' is not a number above 0 and of 1 or less"),
-    (LS, "--temperature 0", "--temperature: '0' is not a number above 0"),
-    (LS, "--top_p 1.1", "--top_p: '1.1' is not a number above 0 and of 1 or less"),
-    (LS, "--repetition_penalty 0.5", "'0.5' is not a number of 1 or more"),
-    (LS, "--max_lines 3", "--max_lines: '3' is not a whole number of 4 or more"),
-    (LS, "--num_samples 0", "--num_samples: '0' is not a whole number of 1 or more"),
+    (LS, "--top_p 0", "--top_p: 0 is not a number above 0 and of 1 or less"),
+    (LS, "--temperature 0", "--temperature: 0 is not a number above 0"),
+    (LS, "--top_p 1.1", "--top_p: 1.1 is not a number above 0 and of 1 or less"),
+    (LS, "--repetition_penalty 0.5", "0.5 is not a number of 1 or more"),
+    (LS, "--max_lines 3", "--max_lines: 3 is not a whole number of 4 or more"),
+    (LS, "--num_samples 0", "--num_samples: 0 is not a whole number of 1 or more"),
     (LS, "--min_lines 20", "--min_lines 20 is more than --max_lines 14"),
     (LS, "--greedy --num_samples 2", "--num_samples beside --greedy"),
-    (LP, "--seed -1", "--seed: '-1' is not a whole number of 0 or more"),
-    (LP, "--seed 4294967296", "--seed: '4294967296' is not a whole number of 4294967295"),
-    (LP, "--limit_train 0", "--limit_train: '0' is not a whole number of 1 or more"),
-    (LP, "--save_every -1", "--save_every: '-1' is not a whole number of 0 or more"),
+    (LP, "--seed -1", "--seed: -1 is not a whole number of 0 or more"),
+    (LP, "--seed 4294967296", "4294967296 is not a whole number of 0 or more and of 4294967295"),
+    (LP, "--limit_train 0", "--limit_train: 0 is not a whole number of 1 or more"),
+    (LP, "--save_every -1", "--save_every: -1 is not a whole number of 0 or more"),
     (LP, "--precision fp8", "invalid choice: 'fp8' (choose from"),
     (LP, "--model_size gpt3", "invalid choice: 'gpt3' (choose from"),
     (LP, "--epoch 3", "unrecognized arguments: --epoch 3"),
@@ -118,7 +115,7 @@ USAGE = [  # script, flags, what is said
     (LP, "--import_peft a --lora_rank 4", "--lora_rank beside --import_peft"),
     (LP, "--export_peft x --export_merged x", "need a folder each"),
     (LP, "--export_peft .", "other than the current one"),
-    (LP, "--export_merged run", "'run' is there already and not an empty folder"),
+    (LP, "--export_merged run", "'run' already exists and is not an empty folder"),
 ]
 
 
@@ -231,7 +228,7 @@ RUNS = [  # script, what is prepared, flags, what is said
     (LS, lambda: write(b"no number"), "--sonnet_path x", "x has no poem under a number"),
     (LS, lambda: write(b"1\n2\na line\n"), "--sonnet_path x", "no line under the number 1"),
     (LS, lambda: write(POEM), "--sonnet_path x", "one poem cannot be split"),
-    (LS, lambda: write(POEM), "--dev_gold_path x", "have to hold the same numbers in one"),
+    (LS, lambda: write(POEM), "--dev_gold_path x", "must hold the same numbers in the same"),
     (
         LS,
         lambda: write(b"1\n" + b"word " * 2000),
@@ -240,24 +237,24 @@ RUNS = [  # script, what is prepared, flags, what is said
     ),
     (LP, None, MODEL, "model is neither a folder nor one of the models"),
     (LP, lambda: write(b"", "model"), MODEL, "model is neither a folder nor one of the"),
-    (LP, lambda: Path("model").mkdir(), MODEL, "model holds no GPT-2 checkpoint: no config"),
+    (LP, lambda: Path("model").mkdir(), MODEL, "model holds no GPT-2 checkpoint: it has no config"),
     (LP, lambda: config("{"), MODEL, "config.json is not JSON"),
     (LP, lambda: config("[1]"), MODEL, "config.json is not a JSON object"),
     (LP, lambda: config("[" * 100_000), MODEL, "config.json is not JSON"),
-    (LP, lambda: config(n_embd="256"), MODEL, "n_embd is '256', it has to be a whole num"),
-    (LP, lambda: config(n_embd=-256), MODEL, "n_embd is -256, it has to be a whole number"),
+    (LP, lambda: config(n_embd="256"), MODEL, "n_embd is '256', it must be a whole num"),
+    (LP, lambda: config(n_embd=-256), MODEL, "n_embd is -256, it must be a whole number"),
     (
         LP,
         lambda: config(n_layer=True),
         MODEL,
-        "n_layer is True, it has to be a whole number",
+        "n_layer is True, it must be a whole number",
     ),
     (LP, lambda: config(n_layer=10**9), MODEL, "parameters, its weights have"),
     (LP, lambda: config(n_embd=10**15), MODEL, "parameters, its weights have"),
-    (LP, lambda: config(n_embd=128), MODEL, "makes it a float of"),
+    (LP, lambda: config(n_embd=128), MODEL, "must be a float of"),
     (LP, lambda: config(n_head=3), MODEL, "n_embd 256 is no multiple of n_head"),
-    (LP, lambda: config(attn_pdrop=1.0), MODEL, "attn_pdrop is 1.0, it has to be a number"),
-    (LP, lambda: config(embd_pdrop=float("nan")), MODEL, "embd_pdrop is nan, it has to be"),
+    (LP, lambda: config(attn_pdrop=1.0), MODEL, "attn_pdrop is 1.0, it must be a number"),
+    (LP, lambda: config(embd_pdrop=float("nan")), MODEL, "embd_pdrop is nan, it must be"),
     (LP, lambda: config(layer_norm_epsilon=None), MODEL, "layer_norm_epsilon is None"),
     (
         LP,
@@ -293,12 +290,12 @@ RUNS = [  # script, what is prepared, flags, what is said
         MODEL,
         "holds no weights by na",
     ),
-    (LP, lambda: index("{}"), MODEL, "weight_map has to name files of its own folder"),
+    (LP, lambda: index("{}"), MODEL, "weight_map must name files in its own folder"),
     (
         LP,
         lambda: index('{"weight_map": {"wte": "../../secret"}}'),
         MODEL,
-        "weight_map has to name files of its own folder",
+        "weight_map must name files in its own folder",
     ),
     (LP, lambda: index('{"weight_map": {"wte": "b.bin"}}'), MODEL, "model/b.bin cannot be read"),
     (LP, lambda: untokenized(), MODEL, "model has no tokenizer: merges.txt is missing"),
@@ -318,8 +315,8 @@ RUNS = [  # script, what is prepared, flags, what is said
         "the tokenizer has 8,193 tokens, the model embeddings for 8,192",
     ),
     (LP, None, OLD, f"{NAMES[LP]} is damaged or was not written by torch.save"),
-    (RS, lambda: adapter({}, RS), OLD, "is no adapter checkpoint of this project"),
-    (LP, lambda: adapter({"about": {}, "adapter": 1}), OLD, "is no adapter checkpoint of"),
+    (RS, lambda: adapter({}, RS), OLD, "is not an adapter checkpoint of this project"),
+    (LP, lambda: adapter({"about": {}, "adapter": 1}), OLD, "is not an adapter checkpoint of"),
     (
         LP,
         lambda: adapter({"about": {}, "adapter": {}}),
@@ -330,7 +327,7 @@ RUNS = [  # script, what is prepared, flags, what is said
         LP,
         lambda: adapter({"about": {}, "adapter": {"a": 1}}),
         OLD,
-        "a is no tensor of numb",
+        "a is not a tensor of numb",
     ),
     (LP, lambda: adapter(Evil(Path("harm"))), OLD, "mkdir, which could run code"),
     (

@@ -134,7 +134,7 @@ def side_by_side(work, cases: Iterable) -> None:
 
 
 def kill_once(name: str, folder: Path, seconds: float, rng: random.Random) -> bool:
-    """Start the run, or go on with it, and kill all its processes at random; False if it ended."""
+    """Start the run, or resume it, and kill all its processes at random; False if it ended."""
     if RUNS[name][2] == 1 and rng.random() < 0.5:
         moment = rng.choice(["before", "after"])
         killer = rng.choice(["fsync", "replace"]), str(rng.randrange(1, 12)), moment
@@ -195,21 +195,21 @@ def test_a_signal_ends_a_run_with_advice_and_its_usual_code(undisturbed, tmp_pat
         with fault():
             process.send_signal(signum)
             code = process.wait(timeout=60)
-            advice = "the same command with --resume goes on"
+            advice = "the same command with --resume resumes it"
             assert f"stopped by {signum.name}: {advice}\n" in output(folder)
             if name != "two_processes":  # torchrun has a code and a traceback of its own
                 assert code == 128 + signum
                 assert "Traceback" not in output(folder)
             if list(folder.glob("*.resume.pt")):
                 assert start(name, folder).wait() != 0
-                assert "is of a run that was stopped: --resume goes on with it" in output(folder)
+                assert "is of a run that was stopped: --resume resumes it" in output(folder)
             assert start(name, folder, "--resume").wait() == 0, output(folder)
             assert outcome(folder) == undisturbed[name][0]
 
     side_by_side(stop, SIGNALS)
 
 
-def test_of_two_runs_with_the_same_files_the_second_is_told(undisturbed, tmp_path):
+def test_of_two_runs_with_the_same_files_the_second_is_refused(undisturbed, tmp_path):
     folder, other = tmp_path / "run", tmp_path / "other"
     process = start("lora_pairs", folder)
     say_when(folder, "epoch 1/3:", process)
@@ -281,7 +281,7 @@ def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk, undisturbe
             assert start(name, folder, *flags, *more).wait() == 1
             last = output(folder).splitlines()[-1]
             assert last.startswith(f"error: {folder}/"), output(folder)
-            assert "cannot be written: No space left on device; it is as it was" in last
+            assert "cannot be written: No space left on device; it is unchanged" in last
             assert contents(folder) == filled
     with fault():
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)

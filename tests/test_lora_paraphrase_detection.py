@@ -11,7 +11,8 @@ import torch
 import transformers
 from matplotlib.image import imread
 
-from datasets import answer_ids, make_prompt, read_pairs
+from data.pairs import read_pairs
+from datasets import answer_ids, make_prompt
 from finetune.arguments import in_project
 from models.pretrained import BUNDLED, load_tokenizer
 from modules.lora import TARGETS
@@ -56,7 +57,7 @@ def test_metrics_agree_with_the_predictions(finished):
     assert metrics["total_parameters"] == 5_387_776 + 147_456
     assert metrics["arguments"]["lr"] == 0.002
     wrong = {i for i, a, b in zip(pairs.ids, answers, pairs.labels, strict=True) if a != b}
-    mistakes = metrics["surest_mistakes"]
+    mistakes = metrics["most_confident_errors"]
     assert {mistake["id"] for mistake in mistakes} <= wrong
     assert len(mistakes) == min(10, len(wrong))
     assert mistakes[0]["prompt"].startswith('Is "')

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from datasets import read_sonnets
-from finetune.sonnet_metrics import chrf
+from data.sonnets import read_sonnets
+from finetune.metrics import chrf
 from tests.conftest import ROOT, narrow_hf_model, run_script
 
 SHORT = ["--demo", "--limit_train", "30", "--limit_dev", "4", "--epochs", "2"]

@@ -50,7 +50,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, script, flags, bat
     assert first_outputs == second_outputs
 
 
-def test_each_process_draws_dropout_masks_of_its_own(tmp_path):
+def test_each_rank_draws_its_own_dropout_masks(tmp_path):
     """With the same masks in both, a batch of pairs alike would have two gradients alike."""
     program = tmp_path / "masks.py"
     program.write_text(
@@ -59,11 +59,12 @@ def test_each_process_draws_dropout_masks_of_its_own(tmp_path):
             import sys
             sys.path.insert(0, {str(ROOT)!r})
             import torch
-            from finetune.runtime import make_runtime, seed_everything
-            runtime = make_runtime(False, "fp32")
-            seed_everything(3)
+            from finetune.runtime import start
+            runtime = start(use_gpu=False, precision="fp32", deterministic=False, seed=3)
             runtime.parallel(torch.nn.Linear(2, 2))
-            print(len(set(runtime.gather([int(torch.randint(2**62, ()))]))))
+            drawn = runtime.gather([int(torch.randint(2**62, ()))])
+            if runtime.is_main:
+                print(len(set(drawn)))
             torch.distributed.destroy_process_group()
             """
         )
@@ -82,14 +83,15 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
             import os, sys
             sys.path.insert(0, {str(ROOT)!r})
             import lora_paraphrase_detection as script
-            from datasets import DataError
+            from modules.settings import UserError
 
-            def broken_disk(*args):
-                raise DataError("the disk of this machine is gone")
+            def broken_disk(**files):
+                raise UserError("the disk of this machine is gone")
 
             if os.environ["RANK"] == "{rank}":
-                script.load_pairs = broken_disk
-            script.run(script.main)
+                script.datasets.load_pairs = broken_disk
+            args = script.get_args()
+            script.ending.run(lambda: script.main(args))
             """
         )
     )
@@ -97,18 +99,18 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
     command = [*torchrun, program, *PAIRS, "--checkpoint_dir", tmp_path / "checkpoints"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    who = " in process 1" if rank else ""
+    who = " on rank 1" if rank else ""
     assert f"error{who}: the disk of this machine is gone\n" in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 6])
-def test_what_is_dealt_out_comes_back_in_order(monkeypatch, n):
+def test_gathered_shards_are_in_the_order_of_the_items(monkeypatch, n):
     items = list(range(n))
-    processes = [Runtime(torch.device("cpu"), rank=rank, world_size=3) for rank in range(3)]
+    ranks = [Runtime(torch.device("cpu"), rank=rank, world_size=3) for rank in range(3)]
 
     def all_gather(parts, own):
-        parts[:] = [list(process.mine(items)) for process in processes]
+        parts[:] = [list(rank.shard(items)) for rank in ranks]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
-    assert [process.gather(process.mine(items)) for process in processes] == [items] * 3
+    assert [rank.gather(rank.shard(items)) for rank in ranks] == [items] * 3

@@ -11,11 +11,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from datasets import DataError, Pairs, make_prompt, read_pairs, read_sonnets, tokenize_pairs
+from data.pairs import Pairs, read_pairs
+from data.sonnets import read_sonnets
+from datasets import make_prompt, tokenize_pairs
 from finetune.checkpoint import read_adapter
 from finetune.peft_format import read_peft
 from models.config import GPT2Config
-from models.pretrained import CheckpointError, load_config, read_tensors
+from models.pretrained import load_config, read_tensors
+from modules.settings import UserError
 
 EXAMPLES = int(os.environ.get("EXAMPLES", 150))
 fast = settings(
@@ -46,10 +49,10 @@ def damaged(draw, whole: bytes) -> bytes:
 
 
 def read(reader, *args, **options):
-    """What the reader gives, None where it refuses in one sentence."""
+    """What the reader returns, or None where it refuses in one sentence."""
     try:
         return reader(*args, **options)
-    except (CheckpointError, DataError) as error:
+    except UserError as error:
         sentence = str(error)
     assert "\n" not in sentence
     assert str(args[0]) in sentence

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from datasets import read_sonnets
+from data.sonnets import read_sonnets
 from tests.conftest import ROOT, run_script
 
 PARAPHRASE, SONNET = "reft_paraphrase_detection.py", "reft_sonnet_generation.py"

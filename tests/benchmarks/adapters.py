@@ -14,16 +14,25 @@ from pathlib import Path
 
 from torch import nn
 
-from datasets import SonnetBatches, read_sonnets, tokenize_sonnets
+from data.sonnets import read_sonnets
+from datasets import SonnetBatches, tokenize_sonnets
 from finetune.arguments import DATA
-from finetune.loop import FitConfig, Updater
-from finetune.runtime import Runtime, make_runtime, seed_everything
+from finetune.loop import FitConfig
+from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, LoReFT, ReFTConfig, add_reft
-from tests.benchmarks.peers import add_model_arguments, find_model, report, synchronize, take_turns
+from tests.benchmarks.peers import (
+    add_model_arguments,
+    find_model,
+    make_trainer,
+    report,
+    start,
+    synchronize,
+    take_turns,
+)
 
 LORA = "LoRA, rank 4"
 FREE, PARAMETRIZED = "loreft, R free", "loreft, R parametrized"
@@ -47,15 +56,16 @@ def make_model(folder: Path, name: str) -> nn.Module:
 
 def make_turn(model: nn.Module, name: str, batches: list, runtime: Runtime) -> Callable[[], float]:
     """A function that trains on all batches and returns targets per second."""
-    updater = Updater(model.to(runtime.device).train(), sonnet_loss, FitConfig(), 1, runtime)
+    runtime.prepare(model)
+    trainer = make_trainer(model.train(), sonnet_loss, FitConfig(), runtime)
     if name in (FREE, PARAMETRIZED):
-        updater.constrained = []
+        trainer.interventions = []
 
     def turn() -> float:
         started = time.perf_counter()
         for batch in batches:
-            updater.backward(batch, 1)
-            updater.step()
+            trainer.backward(batch, 1)
+            trainer.step()
         synchronize(runtime.device)
         return sum(len(b["targets"]) for b in batches) / (time.perf_counter() - started)
 
@@ -68,8 +78,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=16, help="poems in a turn")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    runtime = make_runtime(args.use_gpu, args.precision)
-    seed_everything(0)
+    runtime = start(args.use_gpu, args.precision)
     folder = find_model(args)
     poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), load_tokenizer(BUNDLED), 512)
     batches = [batch for batch, _ in SonnetBatches(poems[: args.n], 4, seed=0).epoch(0)]

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets import read_sonnets, tokenize_prompts
+from data.sonnets import read_sonnets
+from datasets import tokenize_prompts
 from finetune.arguments import DATA
-from finetune.runtime import Runtime, make_runtime
-from finetune.sampling import LineCounter, Row, SamplingConfig, generate
+from finetune.generation import LineCounter, Sequence, generate
+from finetune.runtime import Runtime
+from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, load_tokenizer
 from tests.benchmarks.peers import (
@@ -26,6 +28,7 @@ from tests.benchmarks.peers import (
     find_model,
     hf_model,
     report,
+    start,
     synchronize,
     take_turns,
 )
@@ -38,12 +41,15 @@ FLAGS = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "top_k": 0, "pad_t
 def ours(folder: Path, prompts: list[list[int]], n_new: int, runtime: Runtime):
     """A function that continues all prompts in a batch, this project's way."""
     gpt = GPT2Model.from_pretrained(folder).eval().requires_grad_(False)
-    runtime.prepare(gpt, compile=False)
+    runtime.prepare(gpt)
     config = SamplingConfig(temperature=1.2, top_p=0.9, min_lines=0)
 
     def sample() -> None:
-        rows = [Row(p, (0, i), len(p) + n_new, NO_LINES) for i, p in enumerate(prompts)]
-        generate(gpt, rows, NEVER, config, runtime)
+        sequences = [
+            Sequence(prompt, (0, i), len(prompt) + n_new, NO_LINES)
+            for i, prompt in enumerate(prompts)
+        ]
+        generate(gpt, sequences, NEVER, config, runtime)
 
     return sample
 
@@ -84,7 +90,7 @@ def main() -> None:
     parser.add_argument("--n_new", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
-    runtime = make_runtime(args.use_gpu, args.precision)
+    runtime = start(args.use_gpu, args.precision)
     folder = find_model(args)
     # In bf16 or fp16 the peers' weights are of that type, as their users load them.
     model = hf_model(folder).eval().to(runtime.device, runtime.autocast_dtype or torch.float32)

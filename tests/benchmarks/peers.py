@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.runtime import PRECISIONS, make_runtime
+from finetune.loop import FitConfig, Trainer
+from finetune.runtime import PRECISIONS, Runtime
+from finetune.runtime import start as start_runtime
 from models.config import SIZES
 from models.pretrained import BUNDLED, find_checkpoint
-from modules.kernels import matmul
+from modules.adapters import trainable
+from modules.onednn import matmul, onednn_works
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random", choices=SIZES, metavar="SIZE", help="random weights: gpt2, ...")
     parser.add_argument("--use_gpu", action="store_true")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
+
+
+def start(use_gpu: bool, precision: str) -> Runtime:
+    """The runtime of a script with these flags."""
+    return start_runtime(use_gpu, precision, deterministic=False, seed=0)
+
+
+def make_trainer(model: nn.Module, loss: Callable, config: FitConfig, runtime: Runtime) -> Trainer:
+    """A trainer with the optimizer of the scripts."""
+    optimizer = torch.optim.AdamW(
+        trainable(model), lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
+    )
+    return Trainer(model, loss, optimizer, config, 1, runtime)
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -115,7 +131,8 @@ def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, f
 def matrix_rate(use_gpu: bool, precision: str) -> float:
     """FLOP/s of products of large square matrices, by the quicker library, kept up for a second:
     the machine's limit."""
-    runtime = make_runtime(use_gpu, precision)
+    runtime = start(use_gpu, precision)
+    onednn_works()
     dtype = runtime.autocast_dtype or torch.float32
     size = 8192 if runtime.device.type == "cuda" else 4096
     a = torch.randn(size, size, device=runtime.device, dtype=dtype)

@@ -1,8 +1,8 @@
 """The plain way: GPT-2 with LoRA as one writes it first, every step spelled out and none fused.
 
 Query, key and value are layers of their own, attention makes its matrix of scores, dropout is
-PyTorch's, and every position goes through every layer. It takes its weights from one of ours, so it
-is also what a training run of ours is checked against.
+PyTorch's, and every position, padding too, goes through every layer. It takes its weights from one
+of ours, so it is also what a training run of ours is checked against.
 """
 
 import math

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import answer_ids, make_prompt, read_pairs
+from data.pairs import read_pairs
+from datasets import answer_ids, make_prompt
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import BUNDLED, load_tokenizer

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from datasets import PairBatches, read_pairs, tokenize_pairs
+from data.pairs import read_pairs
+from datasets import PairBatches, tokenize_pairs
 from finetune.arguments import DATA
-from finetune.runtime import make_runtime
 from models.pretrained import load_tokenizer
-from tests.benchmarks.peers import Worker, add_model_arguments, find_model
+from tests.benchmarks.peers import Worker, add_model_arguments, find_model, start
 from tests.conftest import ROOT
 
 
@@ -39,7 +39,7 @@ def repeated(pairs: Path, n: int, folder: Path) -> Path:
 
 def make_reader(pairs: Path, folder: Path) -> dict[str, Callable[[], dict[str, float]]]:
     """In its own process: seconds of each part, and MiB that the peak grew by."""
-    tokenizer, memory = load_tokenizer(folder), make_runtime(False, "fp32").peak_memory_mb
+    tokenizer, memory = load_tokenizer(folder), start(False, "fp32").peak_memory_mb
     tokenizer.backend_tokenizer.encode("ready")
 
     def read() -> dict[str, float]:

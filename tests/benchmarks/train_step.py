@@ -6,13 +6,11 @@
 Each is a process of its own; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention.
 
 paraphrase: rank 8, the logits of the last position only. `step` is training on the same batches,
-ten random ones padded on the right; `epoch` goes from the file to the last step: ours as in a run,
-grouped by length, the others' batches tokenized as they come. Ours groups 100 batches at a time,
-so fewer than 1,200 pairs show it with more padding than it has in a run.
-sonnet: rank 4, the next-token loss of the real tokens, the same batches for both.
+ten random ones; `epoch` goes from the file to the last step, with reading and tokenizing.
+sonnet: rank 4, the next-token loss, the same batches for both.
 
 The share is of the machine's limit: the rate of a large matrix product, over 4 operations for each
-real token and parameter that is not an embedding.
+non-padding token and parameter that is not an embedding.
 """
 
 import argparse
@@ -28,21 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.pairs import read_pairs
+from data.sonnets import read_sonnets
 from datasets import (
     PairBatches,
     SonnetBatches,
     answer_ids,
     make_prompt,
     pair_batch,
-    read_pairs,
-    read_sonnets,
     tokenize_pairs,
     tokenize_sonnets,
 )
 from finetune.arguments import DATA
-from finetune.loop import FitConfig, Updater
-from finetune.memory import describe_memory
-from finetune.runtime import Runtime, make_runtime, seed_everything
+from finetune.loop import FitConfig, Trainer
+from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_tokenizer
@@ -52,7 +49,9 @@ from tests.benchmarks.peers import (
     Worker,
     add_model_arguments,
     find_model,
+    make_trainer,
     matrix_rate,
+    start,
     synchronize,
     table,
     take_turns,
@@ -160,55 +159,48 @@ def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
 
 def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
     """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
-    runtime = make_runtime(args.use_gpu, args.precision)
-    seed_everything(0)
+    runtime = start(args.use_gpu, args.precision)
     model = make_model(args, folder, name)
     if name == OURS:
-        runtime.prepare(model, args.compile, args.gradient_checkpointing)
+        model.gpt.gradient_checkpointing = args.gradient_checkpointing
+        runtime.prepare(model, args.compile)
     model.to(runtime.device).train()
     loss = sonnet_loss if args.task == "sonnet" else paraphrase_loss
-    updater = Updater(model, loss, FitConfig(lr=1e-4, weight_decay=0.0), 1, runtime)
+    trainer = make_trainer(model, loss, FitConfig(lr=1e-4, weight_decay=0.0), runtime)
     batches = same_batches(args, folder)
 
     def train(make_batches: Callable[[], Iterator[Batch]]) -> float:
         started, n = time.perf_counter(), 0
         for batch in make_batches():
-            updater.backward(batch, 1)
-            updater.step()
+            trainer.backward(batch, 1)
+            trainer.step()
             n += len(batch["input_ids"])
         synchronize(runtime.device)
         return n / (time.perf_counter() - started)
-
-    def estimate() -> str:
-        whole = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-        whole = {name: tensor for name, tensor in whole.items() if name != "token_index"}
-        rows = lambda n: {name: tensor[:n] for name, tensor in whole.items()}  # noqa: E731
-        return describe_memory(model, loss, rows, args.batch_size, runtime)
 
     load = our_epoch if name == OURS else usual_epoch
     return {
         "step": lambda: train(lambda: batches),
         "epoch": lambda: train(lambda: load(args, folder)),
         "memory": runtime.peak_memory_mb,
-        "estimate": estimate,
         "step tokens": lambda: mean_length(batches),
         "epoch tokens": lambda: mean_length(list(our_epoch(args, folder))),
-        "profile": lambda: profile(batches[:5], updater, runtime),
+        "profile": lambda: profile(batches[:5], trainer, runtime),
     }
 
 
 def mean_length(batches: list[Batch]) -> float:
-    """Real tokens of an example."""
+    """Non-padding tokens of an example."""
     masks = [batch["attention_mask"] for batch in batches]
     return sum(int(mask.sum()) for mask in masks) / sum(map(len, masks))
 
 
-def profile(batches: list[Batch], updater: Updater, runtime: Runtime) -> str:
+def profile(batches: list[Batch], trainer: Trainer, runtime: Runtime) -> str:
     """Where the time of some steps goes."""
     with torch.profiler.profile() as profiler:
         for batch in batches:
-            updater.backward(batch, 1)
-            updater.step()
+            trainer.backward(batch, 1)
+            trainer.step()
         synchronize(runtime.device)
     by = "self_cuda_time_total" if runtime.device.type == "cuda" else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40)
@@ -248,8 +240,6 @@ def main() -> None:
     limit = matrix_rate(args.use_gpu, args.precision)
     results = {"gflops_limit": limit / 1e9}
     print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")
-    if args.task == "paraphrase":
-        print(workers[OURS].ask("estimate"))
     for what in ["step"] + ["epoch"] * (args.task == "paraphrase" and not args.length):
         peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}  # noqa: B023
         rates = (

@@ -8,11 +8,13 @@ from torch import nn
 
 from datasets import Share, SonnetBatches, TokenizedSonnet
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
-from finetune.loop import FitConfig, Updater, fit, lr_factor
-from finetune.runtime import RunError, Runtime
+from finetune.loop import FitConfig, Trainer, fit, lr_factor
+from finetune.runtime import Runtime
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import Intervention, ReFTConfig
+from modules.settings import UserError
+from tests.conftest import adamw
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -53,15 +55,17 @@ def run(batches, model=None, evaluate=None, save=None, metric="loss", mode="min"
     model = model or weight_model()
     patience = settings.pop("patience", 0)
     saved = []
+    config = FitConfig(**{"lr": 0.1, "epochs": 1, "weight_decay": 0.0} | settings)
     history, measured = fit(
-        model,
-        squared_error,
-        Numbers(batches),
-        evaluate or (lambda: {"loss": 1.0}),
-        save or saved.append,
-        FitConfig(**{"lr": 0.1, "epochs": 1, "weight_decay": 0.0} | settings),
-        EarlyStopper(metric, mode, EarlyStoppingConfig(patience, 0.01)),
-        CPU,
+        model=model,
+        loss_function=squared_error,
+        optimizer=adamw(model, config),
+        batches=Numbers(batches),
+        evaluate=evaluate or (lambda: {"loss": 1.0}),
+        stopper=EarlyStopper(metric, mode, EarlyStoppingConfig(patience, 0.01)),
+        save_best=save or saved.append,
+        config=config,
+        runtime=CPU,
     )
     return model, history, measured, saved
 
@@ -148,16 +152,16 @@ def test_the_model_trains_in_training_mode_after_each_dev_pass():
         return {"loss": 1.0}
 
     run([[1], [2]], model=model, evaluate=evaluate, epochs=2)
-    assert modes == [True] * (1 + 4)  # one for the estimate of memory
+    assert modes == [True] * (1 + 4)  # one for the report of memory
 
 
 def test_a_dev_loss_that_is_not_finite_stops_the_run_too():
-    with pytest.raises(RunError, match="'loss': nan"):
+    with pytest.raises(UserError, match="'loss': nan"):
         run([[1]], evaluate=lambda: {"loss": math.nan}, save=lambda record: pytest.fail("saved"))
 
 
 def test_a_training_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
-    with pytest.raises(RunError, match="step 1: the training loss is nan: try a lower --lr"):
+    with pytest.raises(UserError, match="step 1: the training loss is nan: try a lower --lr"):
         run([[math.nan]], save=lambda record: pytest.fail("saved"))
 
 
@@ -188,22 +192,23 @@ def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
     poems = [TokenizedSonnet([*range(i, i + 20), 100], 6) for i in range(8)]
     batch, _ = next(SonnetBatches(poems, 8, seed=0).epoch(0))
     factors = iter([1.0] * 20 + [1e38])
-    updater = Updater(
+    trainer = Trainer(
         model.train(),
         lambda m, b: sonnet_loss(m, b) * next(factors),
+        adamw(model, FitConfig(lr=0.01)),
         FitConfig(lr=0.01),
         1,
         runtime,
     )
     losses = []
     for _ in range(20):
-        losses.append(updater.backward(batch).item())
-        updater.step()
+        losses.append(trainer.backward(batch).item())
+        trainer.step()
     assert losses[-1] < 0.9 * losses[0]
     assert gpt.gpt_layers[0].out_dense.weight.dtype == torch.float16
-    assert {p.dtype for p in updater.trainable} == {torch.float32}
-    before, scale = [p.clone() for p in updater.trainable], updater.scaler.get_scale()
-    updater.backward(batch)
-    updater.step()
-    assert updater.scaler.get_scale() == scale / 2
-    assert all(torch.equal(p, was) for p, was in zip(updater.trainable, before, strict=True))
+    assert {p.dtype for p in trainer.trainable} == {torch.float32}
+    before, scale = [p.clone() for p in trainer.trainable], trainer.scaler.get_scale()
+    trainer.backward(batch)
+    trainer.step()
+    assert trainer.scaler.get_scale() == scale / 2
+    assert all(torch.equal(p, was) for p, was in zip(trainer.trainable, before, strict=True))

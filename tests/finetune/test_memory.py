@@ -1,21 +1,20 @@
-"""Gradient checkpointing and the estimate of a step's memory."""
+"""Gradient checkpointing, the report of a step's memory, and running out of it."""
+
+import re
 
 import pytest
 import torch
-from torch import nn
 
-from datasets import PairBatches, SonnetBatches, TokenizedSonnet, read_pairs, tokenize_pairs
+from datasets import SonnetBatches, TokenizedSonnet
 from finetune.ending import run
-from finetune.loop import FitConfig, Updater
-from finetune.memory import LiveMemory, step_memory
+from finetune.loop import FitConfig, Trainer, report_memory
 from finetune.runtime import LESS_MEMORY, Runtime
 from models.gpt2 import GPT2Model
-from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.adapters import adapter_state
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, ReFTConfig, add_reft
-from tests.conftest import ROOT, narrow_hf_model
+from tests.conftest import adamw, narrow_hf_model
 
 CPU = Runtime(torch.device("cpu"))
 POEMS = [TokenizedSonnet(list(range(i, i + 20)) + [100], 6) for i in range(8)]
@@ -36,11 +35,12 @@ def train(folder, add, checkpointing, loss=sonnet_loss, steps=3):
     gpt.gradient_checkpointing = checkpointing
     model = SonnetGPT(gpt).train()
     start = adapter_state(model)
-    updater = Updater(model, loss, FitConfig(lr=0.01), steps, CPU)
+    config = FitConfig(lr=0.01)
+    trainer = Trainer(model, loss, adamw(model, config), config, steps, CPU)
     losses = []
     for batch, _ in list(SonnetBatches(POEMS, 2, seed=0).epoch(0))[:steps]:
-        losses.append(updater.backward(batch).item())
-        updater.step()
+        losses.append(trainer.backward(batch).item())
+        trainer.step()
     return losses, start, adapter_state(model)
 
 
@@ -59,49 +59,39 @@ def test_with_gradient_checkpointing_every_adapter_trains_just_as_without(folder
     assert not any(torch.equal(with_it[key], start[key]) for key in start)
 
 
-def test_checkpointing_takes_less_and_the_estimate_leaves_no_trace(folder):
-    sizes = {}
-    for checkpointing in (False, True):
-        gpt = GPT2Model.from_pretrained(folder)
-        add_lora(gpt, LoRAConfig(rank=2))
-        gpt.gradient_checkpointing = checkpointing
-        model = SonnetGPT(gpt).eval()
-        longest, state = SonnetBatches(POEMS, 1, seed=0).longest, torch.get_rng_state()
-        sizes[checkpointing] = step_memory(model, sonnet_loss, longest, 50, CPU)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert not model.training
-        assert all(parameter.grad is None for parameter in model.parameters())
-    assert sizes[True] < 0.7 * sizes[False]
-
-
-def test_live_memory_follows_what_is_made_and_dropped():
-    W = nn.Parameter(torch.zeros(1000))
-    with LiveMemory([W]) as live:
-        x = W.detach() + 1  # 4,000 bytes
-        y = x[:10]  # the same memory
-        z = torch.cat([x, x])  # 8,000 more
-        del x
-        assert live.now == 12_000
-        del y, z
-        assert live.now == 0
-    assert live.peak == 12_000
-
-
-def test_the_estimate_is_what_a_whole_batch_takes(nano_tokenizer):
-    gpt = GPT2Model.from_pretrained(ROOT / "models" / "gpt2-nano")
+def saved_bytes(folder, checkpointing) -> int:
+    """Bytes that the forward of a step keeps for its backward."""
+    gpt = GPT2Model.from_pretrained(folder)
     add_lora(gpt, LoRAConfig(rank=2))
-    model = ParaphraseGPT(gpt, (2, 3)).train()
-    pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", labelled=True, limit=1)
-    for column in (pairs.ids, pairs.first, pairs.second, pairs.labels):
-        column *= 9
-    batches = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 9, seed=0)
-    estimate = step_memory(model, paraphrase_loss, batches.longest, 9, CPU)
-    with LiveMemory(model.parameters()) as live:
-        paraphrase_loss(model, batches.longest(9)).backward()
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    weights = sum(p.nbytes for p in model.parameters())
-    assert live.peak > 10 * trained
-    assert estimate == pytest.approx(weights + 2 * trained + live.peak, rel=0.01)
+    gpt.gradient_checkpointing = checkpointing
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = sonnet_loss(SonnetGPT(gpt).train(), SonnetBatches(POEMS, 8, seed=0).longest(8))
+    assert loss.requires_grad
+    return sum(kept.values()) - sum(p.nbytes for p in gpt.parameters() if not p.requires_grad)
+
+
+def test_checkpointing_keeps_less_for_the_backward(folder):
+    assert saved_bytes(folder, checkpointing=True) < 0.7 * saved_bytes(folder, checkpointing=False)
+
+
+def test_the_report_of_memory_leaves_no_trace(folder, capsys):
+    gpt = GPT2Model.from_pretrained(folder)
+    add_lora(gpt, LoRAConfig(rank=2))
+    model, config = SonnetGPT(gpt), FitConfig()
+    trainer = Trainer(model, sonnet_loss, adamw(model, config), config, 4, CPU)
+    before, state = adapter_state(model), torch.get_rng_state()
+    report_memory(trainer, SonnetBatches(POEMS, 2, seed=0))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in adapter_state(model).items())
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"a training step takes up to \d+\.\d GB of memory\n", printed)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from finetune.peft_format import export_merged, export_peft, start_lora
 from models.gpt2 import GPT2Model
-from models.pretrained import CheckpointError, load_tokenizer
+from models.pretrained import load_tokenizer
 from modules.adapters import adapter_state
 from modules.lora import TARGETS, LoRAConfig, LoRALinear, add_lora
+from modules.settings import UserError
 from tests.conftest import Evil, narrow_hf_model
 
 IDS = torch.randint(0, 100, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -144,7 +145,7 @@ def test_what_cannot_be_represented_is_refused_in_one_sentence(
     model = transformers.GPT2LMHeadModel.from_pretrained(hf_folder)
     config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"]} | CONV1D | settings)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=sentence) as error:
+    with pytest.raises(UserError, match=sentence) as error:
         start_lora(GPT2Model.from_pretrained(hf_folder), LoRAConfig(), tmp_path)
     assert "\n" not in str(error.value)
 
@@ -188,7 +189,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence(gpt, hf_folder, tmp_path, d
     folder = tmp_path / "adapter"
     export_peft(gpt, config, hf_folder, folder)
     damage(folder)
-    with pytest.raises(CheckpointError, match=sentence) as error:
+    with pytest.raises(UserError, match=sentence) as error:
         start_lora(GPT2Model.from_pretrained(hf_folder), LoRAConfig(), folder)
     assert "\n" not in str(error.value)
     assert not (folder / "harm").exists()
@@ -199,7 +200,7 @@ def test_an_adapter_of_another_width_is_refused(gpt, hf_folder, tmp_path):
     add_lora(gpt, config)
     export_peft(gpt, config, hf_folder, tmp_path / "adapter")
     narrow_hf_model(n_head=2).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(CheckpointError, match=r"changes a weight of \[32, 32\], .* is \[16, 16\]"):
+    with pytest.raises(UserError, match=r"changes a weight of \[32, 32\], .* is \[16, 16\]"):
         start_lora(
             GPT2Model.from_pretrained(tmp_path / "narrow"), LoRAConfig(), tmp_path / "adapter"
         )

@@ -1,6 +1,7 @@
-"""Stopping and going on with fit() itself: every batch is a place to stop at."""
+"""Stopping and resuming fit() itself, at every batch."""
 
 import contextlib
+import itertools
 import math
 import signal
 from dataclasses import replace
@@ -14,12 +15,13 @@ from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.ending import Interrupted
 from finetune.loop import FitConfig, fit
-from finetune.runtime import RunError, Runtime, seed_everything
+from finetune.runtime import Runtime, seed_everything
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import CheckpointError
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
+from modules.settings import UserError
+from tests.conftest import adamw
 
 CPU = Runtime(torch.device("cpu"))
 CONFIG = FitConfig(epochs=2, lr=0.01, grad_accum=3, lr_schedule="cosine", save_every=0)
@@ -51,27 +53,25 @@ class Run:
         seed_everything(1)
         gpt = GPT2Model.from_pretrained(self.base)
         self.adapter(gpt)
-        self.model, number = ParaphraseGPT(gpt, (5, 6)), 0
+        self.model = ParaphraseGPT(gpt, (5, 6))
+        numbers = itertools.count()
 
         def loss_function(model, batch):
-            nonlocal number
-            loss = paraphrase_loss(model, batch)
-            if len(batch["labels"]) < 3:  # of the estimate of memory
-                return loss
-            number += 1
-            return at_batch(number, loss)
+            loss, number = paraphrase_loss(model, batch), next(numbers)
+            return at_batch(number, loss) if number else loss  # 0 is the report of memory
 
         resume = ResumeFile.open(self.path, {"--lr": "0.01"}, wanted, self.runtime)
         fitted = fit(
-            self.model,
-            loss_function,
-            PairBatches(pairs(), 4, seed=0),
-            lambda: {"loss": sum(p.abs().sum().item() for p in self.trained().values())},
-            self.saved.append,
-            self.config,
-            EarlyStopper("loss", "min", EarlyStoppingConfig()),
-            self.runtime,
-            resume,
+            model=self.model,
+            loss_function=loss_function,
+            optimizer=adamw(self.model, self.config),
+            batches=PairBatches(pairs(), 4, seed=0),
+            evaluate=lambda: {"loss": sum(p.abs().sum().item() for p in self.trained().values())},
+            stopper=EarlyStopper("loss", "min", EarlyStoppingConfig()),
+            save_best=self.saved.append,
+            config=self.config,
+            runtime=self.runtime,
+            resume=resume,
         )
         return fitted.history, self.trained()
 
@@ -111,7 +111,7 @@ def test_how_often_a_run_is_saved_changes_nothing(hf_folder, tmp_path, save_ever
     history, trained = run.start()
     assert history == expected
     assert all(torch.equal(trained[name], weights[name]) for name in weights)
-    saved = torch.load(run.path, weights_only=True)["own"][0]
+    saved = torch.load(run.path, weights_only=True)["state"]["ranks"][0]["progress"]
     assert (saved["epoch"], saved["batches"]) == (2, 0)
     again, trained = run.start(lambda number, loss: pytest.fail("it had ended"))
     assert again == expected
@@ -120,10 +120,10 @@ def test_how_often_a_run_is_saved_changes_nothing(hf_folder, tmp_path, save_ever
 
 def test_a_step_whose_loss_is_not_finite_is_named_and_nothing_of_it_kept(hf_folder, tmp_path):
     run = Run(hf_folder, tmp_path, config=replace(CONFIG, grad_accum=1, save_every=1))
-    with pytest.raises(RunError, match=r"^step 11: the training loss is nan: try a lower --lr, "):
+    with pytest.raises(UserError, match=r"^step 11: the training loss is nan: try a lower --lr, "):
         run.start(lambda number, loss: loss * (math.nan if number == 11 else 1))
     assert [record["epoch"] for record in run.saved] == [1]
-    saved = torch.load(run.path, weights_only=True)["common"]["updater"]
+    saved = torch.load(run.path, weights_only=True)["state"]["trainer"]
     assert saved["steps"] == 10
     assert all(tensor.isfinite().all() for tensor in saved["adapter"].values())
 
@@ -136,11 +136,11 @@ def test_weights_that_are_not_finite_are_not_saved(hf_folder, tmp_path):
             next(p for p in run.model.parameters() if p.requires_grad).data.fill_(math.inf)
         return loss
 
-    with pytest.raises(RunError, match="has values that are not finite any more: try a lower"):
+    with pytest.raises(UserError, match="has values that are no longer finite: try a lower"):
         run.start(spoil)
     assert not run.path.exists()
     assert not run.saved
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         finite_adapter(run.model)
 
 
@@ -153,7 +153,7 @@ def test_float16_skips_what_overflows_and_counts_it(hf_folder, tmp_path):
     assert all(math.isfinite(record["train_loss"]) for record in history)
     assert all(tensor.isfinite().all() for tensor in weights.values())
     run = Run(hf_folder, tmp_path / "b", config=config, runtime=runtime)
-    with pytest.raises(RunError, match="every loss of epoch 1 overflows"):
+    with pytest.raises(UserError, match="every loss of epoch 1 overflows"):
         run.start(lambda number, loss: loss * math.inf)
 
 
@@ -161,22 +161,23 @@ def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, 
     run = Run(hf_folder, tmp_path)
     with pytest.raises(Interrupted):
         run.start(stop_at(5))
-    with pytest.raises(CheckpointError, match="of a run that was stopped: --resume goes on"):
+    with pytest.raises(UserError, match="of a run that was stopped: --resume resumes it"):
         run.start(wanted=False)
-    with pytest.raises(CheckpointError, match=r"of a run with --lr 0.01, here it is 0.02: give"):
+    with pytest.raises(UserError, match=r"of a run with --lr 0.01, here it is 0.02: give"):
         ResumeFile.open(run.path, {"--lr": "0.02"}, True, CPU)
     whole = torch.load(run.path, weights_only=True)
-    for damage in (
-        {"own": []},
-        {"common": {}},
-        {"own": [{}]},
-        {"common": whole["common"] | {"updater": whole["common"]["updater"] | {"adapter": {}}}},
-        {"own": [whole["own"][0] | {"random": {}}]},
-        {"own": [whole["own"][0] | {"surprise": 1}]},
+    state, own = whole["state"], whole["state"]["ranks"][0]
+    for damaged in (
+        {},
+        state | {"ranks": []},
+        state | {"ranks": [{}]},
+        state | {"trainer": state["trainer"] | {"adapter": {}}},
+        state | {"ranks": [own | {"random": {}}]},
+        state | {"ranks": [own | {"progress": own["progress"] | {"surprise": 1}}]},
     ):
-        torch.save(whole | damage, run.path)
-        with pytest.raises(CheckpointError, match=r"run\.resume\.pt is damaged \(.*\): without"):
+        torch.save(whole | {"state": damaged}, run.path)
+        with pytest.raises(UserError, match=r"run\.resume\.pt is damaged \(.*\): without"):
             run.start()
     torch.save([1], run.path)
-    with pytest.raises(CheckpointError, match="is no resume file of this project"):
+    with pytest.raises(UserError, match="is not a resume file of this project"):
         run.start()

@@ -7,6 +7,7 @@ import transformers
 from datasets import token_index
 from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
+from modules.kernels import accelerate
 from modules.kv_cache import KVCache
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
@@ -35,10 +36,10 @@ def assert_same(hf, gpt, length: int, padding: str, n_rows: int = 3) -> None:
         theirs = hf(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
         ours = gpt(ids, mask if padding != "none" else None)
         logits = gpt.hidden_state_to_token(ours["last_hidden_state"])
-    real = mask.bool()
-    difference = (theirs.hidden_states[-1] - ours["last_hidden_state"])[real].abs().max()
+    is_token = mask.bool()
+    difference = (theirs.hidden_states[-1] - ours["last_hidden_state"])[is_token].abs().max()
     assert difference < 1e-4
-    assert torch.equal(theirs.logits[real].argmax(-1), logits[real].argmax(-1))
+    assert torch.equal(theirs.logits[is_token].argmax(-1), logits[is_token].argmax(-1))
     last = length - 1 - mask.flip(1).argmax(1)
     expected = ours["last_hidden_state"][torch.arange(n_rows), last]
     assert torch.equal(ours["last_token"], expected)
@@ -50,6 +51,8 @@ def test_hidden_states_equal_transformers_for_every_head_count(n_head, padding, 
     hf = narrow_hf_model(n_head)
     hf.save_pretrained(tmp_path)
     gpt = GPT2Model.from_pretrained(tmp_path).eval()
+    assert_same(hf, gpt, 17, padding)
+    accelerate(gpt)
     assert_same(hf, gpt, 17, padding)
     assert_same(hf, gpt, 1, "none")
 

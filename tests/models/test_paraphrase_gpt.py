@@ -3,15 +3,17 @@
 import torch
 import torch.nn.functional as F
 
-from datasets import PairBatches, answer_ids, read_pairs, tokenize_pairs
-from finetune.loop import FitConfig, Updater
-from finetune.runtime import make_runtime
+from data.pairs import read_pairs
+from datasets import PairBatches, answer_ids, tokenize_pairs
+from finetune.loop import FitConfig, Trainer
+from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import BUNDLED
+from modules.kernels import accelerate
 from modules.lora import LoRAConfig, add_lora
 from tests.benchmarks.plain import PlainParaphrase
-from tests.conftest import ROOT
+from tests.conftest import ROOT, adamw
 
 NO, YES = 7, 40
 IDS = torch.tensor([[3, 5, 8, 9], [6, 2, 0, 0]])
@@ -60,13 +62,13 @@ def test_fifty_steps_are_those_of_the_plain_way(library, nano_tokenizer):
     batches = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 4, seed=0)
     losses = []
     for model in (PlainParaphrase(gpt, answers), ParaphraseGPT(gpt, answers)):
-        runtime = make_runtime(False, "fp32")
-        runtime.prepare(model)
-        updater = Updater(model.train(), paraphrase_loss, FitConfig(lr=1e-3), 50, runtime)
+        accelerate(model)
+        config, cpu = FitConfig(lr=1e-3), Runtime(torch.device("cpu"))
+        trainer = Trainer(model.train(), paraphrase_loss, adamw(model, config), config, 50, cpu)
         losses.append([])
         for batch, _ in batches.epoch(0):
-            losses[-1].append(updater.backward(batch, 1).item())
-            updater.step()
+            losses[-1].append(trainer.backward(batch, 1).item())
+            trainer.step()
     plain, ours = map(torch.tensor, losses)
     assert len(ours) == 50
     assert (plain[:10] - plain[-10:]).abs().max() > 0.1  # so they have gone somewhere

@@ -17,11 +17,11 @@ from models.config import SIZES
 from models.gpt2 import GPT2Model
 from models.pretrained import (
     BUNDLED,
-    CheckpointError,
     find_checkpoint,
     load_tokenizer,
     save_gpt2,
 )
+from modules.settings import UserError
 from tests.conftest import ROOT, Evil
 
 IDS = torch.tensor([[5, 99, 0, 42]])
@@ -111,7 +111,7 @@ BROKEN = {
     "model_type is 'llama'": lambda d: edit_config(d, model_type="llama"),
     "n_embd 32 is no multiple of n_head": lambda d: edit_config(d, n_head=5),
     "is not JSON": lambda d: (d / "config.json").write_text("{"),
-    "no config.json in it": lambda d: (d / "config.json").unlink(),
+    "it has no config.json": lambda d: (d / "config.json").unlink(),
     "has no weights": lambda d: (d / "model.safetensors").unlink(),
     "model.safetensors cannot be read": lambda d: os.truncate(d / "model.safetensors", 999),
 }
@@ -121,7 +121,7 @@ BROKEN = {
 def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sentence):
     shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
     BROKEN[sentence](tmp_path)
-    with pytest.raises(CheckpointError, match=sentence) as error:
+    with pytest.raises(UserError, match=sentence) as error:
         GPT2Model.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -129,13 +129,13 @@ def test_a_broken_checkpoint_is_refused_in_one_sentence(hf_folder, tmp_path, sen
 def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
     hf_model.config.save_pretrained(tmp_path)
     torch.save({"wte.weight": Evil(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="mkdir, which could run code"):
+    with pytest.raises(UserError, match="mkdir, which could run code"):
         GPT2Model.from_pretrained(tmp_path)
     assert not (tmp_path / "harm").exists()
 
 
 def test_a_folder_without_a_tokenizer_is_refused(hf_folder):
-    with pytest.raises(CheckpointError, match=r"vocab.json is missing"):
+    with pytest.raises(UserError, match=r"vocab.json is missing"):
         load_tokenizer(hf_folder)
 
 
@@ -174,7 +174,7 @@ def test_gpt2_from_the_hub_equals_transformers():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(CheckpointError, match="neither a folder nor one of the models gpt2, gpt2-"):
+    with pytest.raises(UserError, match="neither a folder nor one of the models gpt2, gpt2-"):
         find_checkpoint("gpt3")
 
 

@@ -5,7 +5,6 @@ import torch
 
 from models.gpt2 import GPT2Model
 from modules.adapters import (
-    AdapterError,
     adapter_state,
     count_parameters,
     freeze_base,
@@ -13,6 +12,7 @@ from modules.adapters import (
     load_adapter_state,
 )
 from modules.lora import LoRAConfig, add_lora
+from modules.settings import UserError
 
 
 def test_what_trains_is_counted_and_saved(gpt):
@@ -32,7 +32,7 @@ def test_freezing_sets_both_directions(gpt):
 
 
 def test_a_model_without_an_adapter_is_refused(gpt):
-    with pytest.raises(AdapterError, match="nothing is left to train"):
+    with pytest.raises(UserError, match="nothing is left to train"):
         freeze_base(gpt)
 
 
@@ -71,5 +71,5 @@ def test_a_state_that_does_not_fit_is_refused(gpt, hf_folder, settings, sentence
     other = GPT2Model.from_pretrained(hf_folder)
     add_lora(other, LoRAConfig(**settings))
     add_lora(gpt, LoRAConfig())
-    with pytest.raises(AdapterError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         load_adapter_state(gpt, adapter_state(other))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.sonnet_gpt import SonnetGPT
-from modules import kernels
+from modules import kernels, onednn
 from modules.kernels import (
     AttentionMatmul,
     ByteDropout,
@@ -18,15 +18,12 @@ from modules.kernels import (
     FastLinear,
     FastLoRALinear,
     accelerate,
-    add_matmul,
     drop,
-    matmul,
-    onednn_leads,
-    onednn_works,
     prepacked,
 )
 from modules.lora import LoRAConfig, LoRALinear, add_lora
 from modules.next_token_loss import NextTokenLoss
+from modules.onednn import add_matmul, matmul, onednn_leads, onednn_works
 from tests.conftest import ROOT
 
 prepacks = pytest.mark.skipif(not onednn_works(), reason="PyTorch has no oneDNN for this CPU")
@@ -62,7 +59,7 @@ def test_the_switch_leaves_all_modules_plain(gpt, monkeypatch):
 
 
 def break_onednn(monkeypatch):
-    monkeypatch.setattr(kernels, "prepack", lambda weight, rows: weight + 1)
+    monkeypatch.setattr(onednn, "prepack", lambda weight, rows: weight + 1)
 
 
 def remove_softmax_backward(monkeypatch):
@@ -77,31 +74,31 @@ def test_an_operator_that_is_absent_or_wrong_is_left_out_with_a_line(
     ids = torch.randint(0, 101, (3, 9))
     expected = gpt(ids)["last_token"].detach()
     fault(monkeypatch)
-    for check in ("onednn_works", "attention_backward_works", "onednn_leads"):
-        monkeypatch.setattr(kernels, check, getattr(kernels, check).__wrapped__)
+    uncached = kernels.attention_backward_works.__wrapped__
+    monkeypatch.setattr(kernels, "attention_backward_works", uncached)
+    for module in (kernels, onednn):
+        monkeypatch.setattr(module, "onednn_works", onednn_works.__wrapped__)
+    monkeypatch.setattr(onednn, "onednn_leads", onednn_leads.__wrapped__)
     accelerate(gpt)
     assert capsys.readouterr().out.count("running without") == 1
     assert torch.allclose(gpt(ids)["last_token"], expected, atol=1e-5)
-    name = "qkv" if fault is break_onednn else "self_attention"
-    modules = dict(gpt.gpt_layers[0].named_modules())
-    left = modules["self_attention.qkv"] if name == "qkv" else modules[name]
-    assert not type(left).__name__.startswith("Fast")
+    attention = gpt.gpt_layers[0].self_attention
+    left_plain = attention.qkv if fault is break_onednn else attention
+    assert not type(left_plain).__name__.startswith("Fast")
 
 
 CORE = [
     "tests/models/test_gpt2.py",
     "tests/models/test_paraphrase_gpt.py",
     "tests/models/test_sonnet_gpt.py",
-    "tests/modules/test_lora.py",
-    "tests/modules/test_reft.py",
     "tests/finetune/test_loop.py",
-    "tests/finetune/test_sampling.py",
+    "tests/finetune/test_generation.py",
 ]
 
 
 @pytest.mark.skipif(os.environ.get("GPT2_ACCELERATE") == "0", reason="this is that run")
 def test_the_core_tests_pass_without_acceleration():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CORE]
+    command = [sys.executable, "-m", "pytest", "-qx", "-k", "not gpt2_size", *CORE]
     env = os.environ | {"GPT2_ACCELERATE": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -159,9 +156,9 @@ def test_gradients_of_a_linear_layer_are_those_of_f_linear(library, trains, bias
 
 @prepacks
 def test_onednn_takes_large_float32_matmuls_and_no_others(monkeypatch):
-    monkeypatch.setattr(kernels, "onednn_leads", lambda: True)
+    monkeypatch.setattr(onednn, "onednn_leads", lambda: True)
     counted = []
-    monkeypatch.setattr(kernels.F, "linear", lambda x, *_: counted.append(len(x)))
+    monkeypatch.setattr(onednn.F, "linear", lambda x, *_: counted.append(len(x)))
     large, W = torch.randn(400, 200), torch.randn(100, 200)
     assert matmul(large, W) is not None
     matmul(large[:40], W)

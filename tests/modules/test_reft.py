@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules.adapters import AdapterError, adapter_state, count_parameters
+from modules.adapters import adapter_state, count_parameters
 from modules.kv_cache import KVCache
 from modules.reft import (
     INTERVENTIONS,
@@ -17,6 +17,7 @@ from modules.reft import (
     add_reft,
     orthonormalize_,
 )
+from modules.settings import UserError
 from tests.conftest import pyreft_interventions
 
 C, R = 12, 3
@@ -228,28 +229,28 @@ def test_all_is_every_position():
     "text", ["", "f", "f0", "l0", "f0+l0", "l1+f1", "f1l1", "f1+", "+l1", "f-1", "x"]
 )
 def test_other_positions_are_refused(text):
-    with pytest.raises(AdapterError, match=r"allowed are all, fN\+lM, fN and lM"):
+    with pytest.raises(UserError, match=r"allowed are all, fN\+lM, fN and lM"):
         ReFTConfig(positions=text)
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"type": "lora"}, r"ReFT type \['lora'\]: allowed are adapter, loreft"),
-        ({"activation": "selu"}, "allowed are relu, gelu, tanh, linear"),
-        ({"locations": ("mlp",)}, "allowed are attention, ffn"),
-        ({"locations": ()}, "allowed are attention, ffn"),
-        ({"rank": 0}, "rank 0 must be 1 or more"),
-        ({"dropout": 1.0}, r"dropout 1.0 in \[0, 1\)"),
+        ({"type": "lora"}, "ReFTConfig.type: 'lora' is not one of adapter, loreft"),
+        ({"activation": "selu"}, "is not one of relu, gelu, tanh, linear"),
+        ({"locations": ("mlp",)}, "is not one of attention, ffn"),
+        ({"locations": ()}, "is not one of attention, ffn"),
+        ({"rank": 0}, "ReFTConfig.rank: 0 is not a whole number of 1 or more"),
+        ({"dropout": 1.0}, "dropout: 1 is not a number of 0 or more and below 1"),
     ],
 )
 def test_other_settings_are_refused(settings, sentence):
-    with pytest.raises(AdapterError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         ReFTConfig(**settings)
 
 
 def test_a_rank_above_the_width_is_refused_as_its_rows_cannot_be_orthonormal(gpt):
-    with pytest.raises(AdapterError, match="rank 33 is more than the model's width, 32"):
+    with pytest.raises(UserError, match="rank 33 is more than the model's width, 32"):
         add_reft(gpt, ReFTConfig("loreft", rank=33))
 
 

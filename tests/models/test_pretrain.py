@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from datasets import DataError
-from finetune.pretrain import orthogonalize, random_windows, read_text
 from models.gpt2 import GPT2Model
+from models.pretrain import orthogonalize, random_windows, read_text
 from models.pretrained import load_tokenizer
+from modules.settings import UserError
 from tests.conftest import ROOT
 
 
@@ -35,7 +35,7 @@ def test_every_document_is_in_one_part_and_none_is_lost(text_folder):
 
 def test_too_little_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    with pytest.raises(DataError, match="needs \\*.txt files of 500,000 characters"):
+    with pytest.raises(UserError, match="needs \\*.txt files of 500,000 characters"):
         read_text(tmp_path)
 
 
@@ -61,7 +61,7 @@ def test_an_epoch_of_windows_shows_no_token_twice():
 
 
 def test_the_command_writes_a_checkpoint_that_transformers_loads(text_folder, tmp_path):
-    command = f"-m finetune.pretrain --text {text_folder} --out {tmp_path} --steps 60"
+    command = f"-m models.pretrain --text {text_folder} --out {tmp_path} --steps 60"
     command += " --warmup_steps 5 --context 32 --vocab_size 400 --batch_size 4"
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, check=True)
     record = json.loads((tmp_path / "pretraining.json").read_text())

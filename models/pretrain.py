@@ -1,6 +1,6 @@
 """Train a small GPT-2 and its tokenizer from scratch on a folder of plain text.
 
-    python -m finetune.pretrain --text FOLDER --out models/gpt2-nano
+    python -m models.pretrain --text FOLDER --out models/gpt2-nano
 
 writes `config.json`, `model.safetensors` (float16), `vocab.json`, `merges.txt` and
 `pretraining.json`, which records the recipe and the loss on held-out text.
@@ -9,6 +9,7 @@ writes `config.json`, `model.safetensors` (float16), `vocab.json`, `merges.txt` 
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -19,13 +20,11 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import DataError
-from finetune.arguments import number, whole
-from finetune.ending import run
-from finetune.runtime import Runtime, make_runtime, seed_everything
 from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
 from models.pretrained import save_gpt2
+from modules.kernels import accelerate
+from modules.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 CHUNK = 8192  # characters of text that make a document; every hundredth document is held out
@@ -36,24 +35,32 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="folder of UTF-8 *.txt files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--model_size", choices=SIZES, default="gpt2-nano")
-    parser.add_argument("--vocab_size", type=whole(300), default=8192)
-    parser.add_argument("--context", type=whole(8), default=512, help="positions of the model")
-    parser.add_argument(
-        "--batch_size", type=whole(1), default=8, help="rows of --context tokens a step"
-    )
-    parser.add_argument("--steps", type=whole(1), default=2800)
-    parser.add_argument("--warmup_steps", type=whole(1), default=100)
-    parser.add_argument("--lr", type=number(above=0), default=4e-3)
-    parser.add_argument("--weight_decay", type=number(least=0), default=0.1)
-    parser.add_argument("--seed", type=whole(0), default=11711)
+    for name, default, help in (
+        ("vocab_size", 8192, "entries of the tokenizer"),
+        ("context", 512, "positions of the model"),
+        ("batch_size", 8, "rows of --context tokens a step"),
+        ("steps", 2800, "optimizer steps"),
+        ("warmup_steps", 100, "steps in which the learning rate rises"),
+        ("lr", 4e-3, "largest learning rate"),
+        ("weight_decay", 0.1, "of the matrices"),
+        ("seed", 11711, "decides the initial weights and the order"),
+    ):
+        help = f"{help} [%(default)s]"
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
     parser.add_argument("--use_gpu", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    least = {"vocab_size": 300, "context": 8, "seed": 0, "weight_decay": 0.0}
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and value < least.get(name, 1e-9):
+            allowed = f"{least[name]} or more" if name in least else "above 0"
+            parser.error(f"--{name} must be {allowed}")
+    return args
 
 
 def main() -> None:
     args = get_args()
-    runtime = make_runtime(args.use_gpu, "auto")
-    seed_everything(args.seed)
+    device = torch.device("cuda" if args.use_gpu else "cpu")
+    torch.manual_seed(args.seed)
     train_text, held_out_text = read_text(args.text)
     tokenizer = train_tokenizer(train_text, args.vocab_size, args.out)
     train, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
@@ -62,10 +69,11 @@ def main() -> None:
     no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
     shape = (args.vocab_size, args.context, n_embd, n_layer, n_head)
     model = GPT2Model(GPT2Config(*shape, **no_dropout))
-    model.to(runtime.device)
+    model.to(device)
+    accelerate(model)
     start = time.perf_counter()
-    train_model(model, train, held_out, args, runtime)
-    loss = held_out_loss(model, held_out, args.batch_size, runtime)
+    train_model(model, train, held_out, args)
+    loss = held_out_loss(model, held_out, args.batch_size)
     n_bytes = sum(len(document.encode()) for document in held_out_text)
     record = {
         "recipe": {k: v for k, v in vars(args).items() if k not in ("text", "out")},
@@ -94,7 +102,7 @@ def read_text(folder: Path) -> tuple[list[str], list[str]]:
             (held_out if number % 100 == 50 else train).append(text[start:end])
             start, number = end, number + 1
     if not held_out:
-        raise DataError(f"{folder} needs *.txt files of 500,000 characters or more")
+        raise UserError(f"{folder} needs *.txt files of 500,000 characters or more")
     return train, held_out
 
 
@@ -158,7 +166,7 @@ def make_optimizers(model: GPT2Model, args: argparse.Namespace) -> list[torch.op
 
 
 def train_model(
-    model: GPT2Model, train: np.ndarray, held_out: np.ndarray, args, runtime: Runtime
+    model: GPT2Model, train: np.ndarray, held_out: np.ndarray, args: argparse.Namespace
 ) -> None:
     """Warm up, then let the learning rate fall to zero on a line."""
     generator = np.random.default_rng(args.seed)
@@ -178,7 +186,7 @@ def train_model(
         except StopIteration:
             windows = random_windows(train, args.context, args.batch_size, generator)
             rows = next(windows)
-        loss = language_model_loss(model, torch.from_numpy(rows).to(runtime.device), runtime)
+        loss = language_model_loss(model, torch.from_numpy(rows))
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -187,7 +195,7 @@ def train_model(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 500 == 499:
-            value = held_out_loss(model, held_out, args.batch_size, runtime)
+            value = held_out_loss(model, held_out, args.batch_size)
             tqdm.write(f"step {step + 1}: held-out loss {value:.4f} nats per token")
 
 
@@ -199,26 +207,30 @@ def random_windows(tokens: np.ndarray, context: int, batch_size: int, generator)
         yield tokens[starts[first : first + batch_size, None] + np.arange(context + 1)]
 
 
-def language_model_loss(model: GPT2Model, rows: Tensor, runtime: Runtime) -> Tensor:
-    """Mean next-token loss of rows [B,T+1], nats per token."""
-    with runtime.autocast():
+def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
+    """Mean next-token loss of rows [B,T+1], nats per token; on a GPU under bfloat16 autocast."""
+    rows = rows.to(model.word_embedding.weight.device)
+    with torch.autocast(rows.device.type, torch.bfloat16, enabled=rows.is_cuda):
         h = model(rows[:, :-1])["last_hidden_state"]  # [B,T,C]
         logits = model.hidden_state_to_token(h)  # [B,T,V]
         return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2Model, tokens: np.ndarray, batch_size: int, runtime: Runtime) -> float:
+def held_out_loss(model: GPT2Model, tokens: np.ndarray, batch_size: int) -> float:
     """Mean loss over windows of the model's whole context, nats per token."""
     context = model.config.n_positions
     starts = np.arange(0, tokens.size - context, context)
     total = 0.0
     for first in range(0, starts.size, batch_size):
         rows = tokens[starts[first : first + batch_size, None] + np.arange(context + 1)]
-        loss = language_model_loss(model, torch.from_numpy(rows).to(runtime.device), runtime)
+        loss = language_model_loss(model, torch.from_numpy(rows))
         total += loss.item() * len(rows)
     return total / starts.size
 
 
 if __name__ == "__main__":
-    run(main, "")
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

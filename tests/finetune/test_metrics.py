@@ -1,23 +1,83 @@
-"""Scores of sonnets by hand, on Shakespeare's own, and against sacrebleu."""
+"""Scores by hand, on Shakespeare's own poems, and against sacrebleu."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from datasets import Sonnet, read_sonnets, tokenize_sonnets
-from finetune.runtime import make_runtime
-from finetune.sonnet_metrics import (
+from data.sonnets import Sonnet, read_sonnets
+from datasets import TokenizedPairs, tokenize_sonnets
+from finetune.metrics import (
     chrf,
     count_syllables,
     longest_common_run,
+    most_confident_errors,
     next_token_loss,
+    paraphrase_logits,
+    paraphrase_metrics,
     rhymes,
     sonnet_form,
     words,
 )
+from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
+from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import BUNDLED
 from models.sonnet_gpt import SonnetGPT
 from tests.conftest import ROOT
+
+CPU = Runtime(torch.device("cpu"))
+
+
+def test_logits_are_in_the_order_of_the_file_and_without_dropout(gpt):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 150)
+    data = TokenizedPairs(
+        ids=[str(i) for i in range(150)],
+        labels=None,
+        tokens=rng.integers(0, 100, lengths.sum()).astype(np.int32),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        shortened=0,
+    )
+    model = ParaphraseGPT(gpt, (7, 40)).train()
+    logits = paraphrase_logits(model, data, CPU, "test")
+    model.eval()
+    for row, (start, length) in enumerate(zip(data.starts, lengths, strict=True)):
+        ids = torch.from_numpy(data.tokens[start : start + length]).long()[None]
+        with torch.no_grad():
+            expected = model(ids, torch.ones_like(ids))[0]
+        assert torch.allclose(logits[row], expected, atol=1e-5)
+
+
+def test_paraphrase_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
+    metrics = paraphrase_metrics(logits, np.array([0, 1, 0, 0]))
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    assert metrics["dev_loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
+    assert metrics["dev_accuracy"] == 0.75
+    assert metrics["dev_macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+def test_the_most_confident_errors_come_first_with_what_the_model_read(nano_tokenizer):
+    texts = ["one two", "three", "four five six", "seven"]
+    rows = [nano_tokenizer(text)["input_ids"] for text in texts]
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.array([token for row in rows for token in row], dtype=np.int32)
+    data = TokenizedPairs(
+        list("abcd"), np.array([0, 1, 1, 0]), tokens, lengths.cumsum() - lengths, lengths, 0
+    )
+    logits = torch.tensor([[3.0, 0], [1.0, 0], [2.0, 0], [0, 0.5]])
+    errors = most_confident_errors(logits, data, nano_tokenizer)
+    assert [(m["id"], m["prompt"]) for m in errors] == [
+        ("c", "four five six"),
+        ("b", "three"),
+        ("d", "seven"),
+    ]
+    assert (errors[0]["label"], errors[0]["predicted"]) == ("yes", "no")
+    assert errors[0]["probability"] == pytest.approx(0.8808)
+    assert most_confident_errors(logits, data, nano_tokenizer, n=1) == errors[:1]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +163,7 @@ def test_a_copied_run_goes_over_line_ends_but_not_over_poems():
 def test_the_loss_of_poems_does_not_depend_on_batches(gold, nano_tokenizer):
     model, runtime = (
         SonnetGPT(GPT2Model.from_pretrained(BUNDLED).requires_grad_(False)),
-        make_runtime(False, "fp32"),
+        CPU,
     )
     poems = tokenize_sonnets(gold + gold[:6], nano_tokenizer, 512)  # more than one batch
     losses = torch.tensor([next_token_loss(model, [poem], runtime) for poem in poems])

@@ -1,0 +1,67 @@
+"""Errors that a user can mend, and dataclass fields that say what they mean and what they allow."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something that a user can mend; the message is one sentence."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+    choices: Iterable[str] | None = None,
+    check: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A field of a config dataclass: default, meaning, and what it allows.
+
+    That is a range, some choices, or what `check` raises no UserError for.
+    """
+    bounds = {"above": above, "least": least, "below": below, "most": most}
+    about = {"help": help, "bounds": bounds, "choices": choices, "check": check}
+    return field(default=default, metadata=about)
+
+
+def check_number(
+    value: Any, kind: type, above: float, least: float, below: float, most: float
+) -> None:
+    """Raise UserError unless `value` is a finite number of this kind (int or float) in range."""
+    fits = isinstance(value, int) or (kind is float and isinstance(value, float))
+    if fits and math.isfinite(value) and above < value < below and least <= value <= most:
+        return
+    limits = {"above": above, "of {} or more": least, "below": below, "of {} or less": most}
+    allowed = []
+    for text, limit in limits.items():
+        if math.isfinite(limit):
+            text = text if "{}" in text else f"{text} {{}}"
+            allowed.append(text.format(f"{limit:g}" if kind is float else f"{limit}"))
+    noun = "a number" if kind is float else "a whole number"
+    shown = f"{value:g}" if isinstance(value, float) else repr(value)
+    raise UserError(f"{shown} is not {noun} {' and '.join(allowed)}".rstrip())
+
+
+def check_settings(config: Any) -> None:
+    """Raise UserError for the first field of a config whose value is not allowed."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        try:
+            if f.metadata["check"]:
+                f.metadata["check"](value)
+            elif choices is not None:
+                chosen = value if isinstance(value, tuple) else (value,)
+                if not chosen or set(chosen) - set(choices):
+                    raise UserError(f"{value!r} is not one of {', '.join(choices)}")
+            elif value is not None and not isinstance(value, bool | str):
+                for number in value if isinstance(value, tuple) else (value,):
+                    kind = int if isinstance(f.default, int | None) else float
+                    check_number(number, kind, **f.metadata["bounds"])
+        except UserError as error:
+            raise UserError(f"{type(config).__name__}.{f.name}: {error}") from None

@@ -1,0 +1,145 @@
+"""Reading question pairs: what is used, what is left out and reported."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+
+from data.pairs import read_pairs
+from modules.settings import UserError
+from tests.conftest import ROOT
+
+HEADER = "id\tsentence1\tsentence2\tis_duplicate\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(text.encode())
+    return path
+
+
+def rows(pairs):
+    return list(zip(pairs.ids, pairs.first, pairs.second, pairs.labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEADER + "a\tOne?\tTwo?\t1.0\nb\tThree?\tFour?\t0.0\n",
+        HEADER + "a\tOne?\tTwo?\t1\nb\tThree?\tFour?\t0",
+        "\tid\tsentence1\tsentence2\tis_duplicate\n7\ta\tOne?\tTwo?\t1.0\n9\tb\tThree?\tFour?\t0.0\n",
+        "is_duplicate\tsentence2\tid\tsentence1\n1.0\tTwo?\ta\tOne?\n0.0\tFour?\tb\tThree?\n",
+        (HEADER + "a\t One? \tTwo?\t1.0 \nb\tThree?\tFour?\t0.0\n\n").replace("\n", "\r\n"),
+        "\ufeff" + HEADER + 'a\t"One?"\tTwo?\t1.0\nb\tThree?\tFour?\t0.0\n',
+    ],
+    ids=["course", "whole labels", "unnamed index", "other order", "crlf and blanks", "bom"],
+)
+def test_public_variants_of_the_format_read_the_same(tmp_path, text):
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert rows(pairs) == [("a", "One?", "Two?", 1), ("b", "Three?", "Four?", 0)]
+    assert pairs.left_out == {}
+
+
+def test_quotes_line_ends_and_odd_ids_are_kept(tmp_path):
+    text = HEADER + (
+        '12 ab\t"""Is """"x"""" odd?"""\tA 12" disc?\t0.0\n'
+        '7,8\t"first line\nsecond line?"\tB?\t1.0\n'
+        "c\u2028d\tWhat\x0bnow?\tC?\t1.0\n"
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert rows(pairs) == [
+        ("12 ab", '"Is ""x"" odd?"', 'A 12" disc?', 0),
+        ("7,8", "first line\nsecond line?", "B?", 1),
+        ("c\u2028d", "What\x0bnow?", "C?", 1),
+    ]
+
+
+def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
+    text = HEADER + (
+        "a\tOne?\tTwo?\t1.0\n"  # line 2
+        "b\tNo label?\tNone?\t\n"
+        "c\tToo few fields?\t0.0\n"
+        "d\tToo\tmany\tfields\t1.0\n"
+        "e\t \tEmpty?\t1.0\n"
+        "f\tOdd label?\tYes?\t0.5\n"
+        '"g\tA stray quote?\tIt costs one line?\t1.0\n'  # line 8
+        "h\tFive?\tSix?\t0.0\n"
+        "i\tNo label?\tNone?\t  \n"
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert pairs.ids == ["a", "h"]
+    assert pairs.left_out == {
+        "no label": [3, 10],
+        "a wrong number of fields": [4, 5, 8],
+        "an empty question": [6],
+        "a label other than 0 and 1": [7],
+    }
+    summary = pairs.summary()
+    assert "2 pairs; left out 2 with no label (line 3, 10);" in summary
+    assert "left out 3 with a wrong number of fields (line 4, 5, 8)" in summary
+
+
+def test_a_test_file_needs_no_labels_and_ignores_them(tmp_path):
+    path = write(tmp_path, "id\tsentence1\tsentence2\na\tOne?\tTwo?\n")
+    assert read_pairs(path, labelled=False).labels == []
+    path = write(tmp_path, HEADER + "a\tOne?\tTwo?\t\n")
+    assert read_pairs(path, labelled=False).ids == ["a"]
+
+
+def test_the_limit_counts_usable_rows(tmp_path):
+    text = HEADER + "a\tOne?\tTwo?\t\nb\tOne?\tTwo?\t1\nc\tOne?\tTwo?\t1\nd\tOne?\tTwo?\t1\n"
+    assert read_pairs(write(tmp_path, text), labelled=True, limit=2).ids == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"id\tsentence1\tis_duplicate\na\tb\t1\n", "no column sentence2"),
+        (b"id,sentence1,sentence2,is_duplicate\n", "no column id, sentence1, sentence2"),
+        (b"", "no column id"),
+        (HEADER.encode(), "no usable row"),
+        (HEADER.encode() + b"a\tb\tc\t\n", r"no usable row.*left out 1 with no label \(line 2\)"),
+        (HEADER.encode() + "a\tcafé?\tb\t1\n".encode("latin-1"), "is not UTF-8 text: line 2"),
+        (HEADER.encode("utf-16"), "is not UTF-8 text: line 1"),
+        (HEADER.encode() + b"a\tb\0\tc\t1\n", "is not UTF-8 text: line 2 has a NUL byte"),
+    ],
+)
+def test_an_unusable_file_is_refused_in_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        read_pairs(path, labelled=True)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_pairs(tmp_path / "none.csv", labelled=True)
+
+
+def test_the_sample_pairs_are_what_their_readme_says():
+    questions, groups = {}, set()
+    for name, least in (("train", 1200), ("dev", 200), ("test", 200)):
+        path = ROOT / "data" / f"sample-pairs-{name}.csv"
+        pairs = read_pairs(path, labelled=name != "test")
+        assert pairs.left_out == {}
+        assert len(pairs.ids) >= least
+        assert len(set(pairs.ids)) == len(pairs.ids)
+        if name != "test":
+            assert 0.35 <= np.mean(pairs.labels) <= 0.40
+        plain = {re.sub(r"\W+", " ", q.lower()).strip() for q in pairs.first + pairs.second}
+        assert not any(plain & other for other in questions.values())
+        questions[name] = plain
+        groups |= {pair_id.split("-")[0] for pair_id in pairs.ids}
+    assert len(groups) >= 400
+
+
+def test_the_courses_own_reader_reads_the_sample_pairs():
+    with open(ROOT / "data" / "sample-pairs-dev.csv", encoding="utf-8") as file:
+        theirs = [
+            (row["id"], row["sentence1"], row["sentence2"], int(float(row["is_duplicate"])))
+            for row in csv.DictReader(file, delimiter="\t")
+        ]
+    assert theirs == rows(read_pairs(ROOT / "data" / "sample-pairs-dev.csv", labelled=True))

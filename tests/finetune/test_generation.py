@@ -1,0 +1,149 @@
+"""Decoding against `transformers.generate`, and the poems that it writes."""
+
+import pytest
+import torch
+import transformers
+
+from data.sonnets import Sonnet, read_sonnets
+from datasets import tokenize_prompts
+from finetune.generation import LineCounter, Sequence, SonnetGenerator, generate
+from finetune.runtime import Runtime
+from finetune.sampling import SamplingConfig
+from models.gpt2 import GPT2Model
+from models.pretrained import BUNDLED
+from modules.kernels import accelerate
+from modules.kv_cache import LayerCache
+from modules.lora import LoRAConfig, add_lora
+from tests.conftest import ROOT
+
+CPU = Runtime(torch.device("cpu"))
+NO_LINES = LineCounter(frozenset(), str)
+END = 100
+PROMPTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6], [8, 8, 8, 8]]
+
+
+def decode(gpt, prompts, n_new=20, end=END, seeds=None, **settings):
+    config = SamplingConfig(**{"min_lines": 0} | settings)
+    accelerate(gpt)
+    seeds = seeds or range(len(prompts))
+    sequences = [
+        Sequence(prompt, (1, seed), len(prompt) + n_new, NO_LINES)
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return generate(gpt, sequences, end, config, CPU)
+
+
+def decode_hf(hf, prompt, n_new=20, **settings):
+    ids = torch.tensor([prompt])
+    out = hf.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n_new,
+        eos_token_id=END, pad_token_id=END, **settings,
+    )[0].tolist()  # fmt: skip
+    return out[:-1] if out[-1] == END else out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2, "repetition_penalty": 1.1},
+    ],
+)
+def test_greedy_decoding_is_transformers_token_for_token_alone_and_in_a_batch(
+    hf_model, gpt, settings
+):
+    expected = [decode_hf(hf_model, prompt, **settings) for prompt in PROMPTS]
+    assert decode(gpt, PROMPTS, greedy=True, **settings) == expected
+    for prompt, text in zip(PROMPTS, expected, strict=True):
+        assert decode(gpt, [prompt], greedy=True, **settings) == [text]
+
+
+def test_greedy_decoding_is_transformers_on_the_bundled_model(nano_tokenizer):
+    gpt = GPT2Model.from_pretrained(BUNDLED).eval()
+    hf = transformers.GPT2LMHeadModel.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    sonnets = read_sonnets(ROOT / "data" / "sonnets_held_out.txt")
+    prompts = tokenize_prompts(sonnets, nano_tokenizer, 512)
+    out = hf.generate(
+        torch.tensor(prompts[:1]), do_sample=False, max_new_tokens=60, pad_token_id=0,
+        attention_mask=torch.ones(1, len(prompts[0]), dtype=torch.long),
+    )  # fmt: skip
+    texts = decode(gpt, prompts, 60, end=nano_tokenizer.eos_token_id, greedy=True)
+    assert texts[0] == out[0].tolist()
+
+
+def test_the_sampled_text_of_a_row_does_not_depend_on_its_neighbours(gpt):
+    together = decode(gpt, PROMPTS, 30)
+    alone = [decode(gpt, [p], 30, seeds=[i])[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+    assert decode(gpt, PROMPTS[::-1], 30, seeds=[3, 2, 1, 0]) == together[::-1]
+    assert decode(gpt, PROMPTS, 30, seeds=[9, 8, 7, 6]) != together
+
+
+def test_a_row_ends_at_its_own_length_and_takes_no_further_work(gpt, monkeypatch):
+    batches, append = [], LayerCache.append
+    monkeypatch.setattr(
+        LayerCache,
+        "append",
+        lambda self, k, *rest: batches.append(len(k)) or append(self, k, *rest),
+    )
+    rows = [Sequence(PROMPTS[0], (1, i), 4 + i, NO_LINES) for i in range(3)]
+    texts = generate(gpt, rows, -1, SamplingConfig(min_lines=0), CPU)
+    assert [len(text) for text in texts] == [4, 5, 6]
+    assert batches == [3] * 3 + [2] * 3 + [1] * 3  # three layers
+
+
+def test_end_of_text_ends_a_row_and_is_left_out(hf_model, gpt):
+    free = decode(gpt, [PROMPTS[0]], 10, end=-1, greedy=True)[0]
+    end = free[6]
+    cut = decode(gpt, [PROMPTS[0]], 10, end=end, greedy=True)[0]
+    assert cut == free[: free.index(end, 3)]
+
+
+def test_min_lines_keeps_end_of_text_away(gpt):
+    free = decode(gpt, [PROMPTS[0]], 10, end=-1, greedy=True)[0]
+    text = decode(gpt, [PROMPTS[0]], 10, end=free[3], greedy=True, min_lines=2)[0]
+    assert len(text) == 13
+    assert free[3] not in text[3:]
+
+
+@pytest.fixture(scope="module")
+def generator(nano_tokenizer):
+    gpt = GPT2Model.from_pretrained(BUNDLED)
+    add_lora(gpt, LoRAConfig(rank=2))  # fresh, so it changes nothing
+    accelerate(gpt)
+    return SonnetGenerator(gpt, nano_tokenizer, SamplingConfig(max_new_tokens=300), 7, CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return read_sonnets(ROOT / "data" / "sonnets_held_out.txt")
+
+
+def test_poems_have_14_lines_and_begin_with_those_given(generator, prompts):
+    poems = generator.write(prompts)
+    for prompt, poem in zip(prompts, poems, strict=True):
+        assert poem.number == prompt.number
+        assert poem.lines[:3] == prompt.lines
+        assert len(poem.lines) == 14
+        assert all(line.strip() for line in poem.lines)
+
+
+def test_a_poem_depends_on_seed_number_and_sample_alone(generator, prompts):
+    together = generator.write(prompts[:4])
+    assert generator.write(prompts[2:3]) == together[2:3]
+    assert generator.write(prompts[:4], sample=1) != together
+    renumbered = [Sonnet(prompts[0].number + 1, prompts[0].lines)]
+    assert generator.write(renumbered)[0].lines != together[0].lines
+
+
+def test_numbers_and_blank_lines_do_not_count_as_lines(generator, nano_tokenizer):
+    counter = LineCounter.of(nano_tokenizer)
+    row = Sequence(nano_tokenizer.encode("One\nTwo\n"), (0,), 99, counter)
+    assert (row.complete_lines, row.n_lines) == (2, 2)
+    for token in nano_tokenizer.encode("\n \n 145 \n"):
+        row.add(token)
+    assert row.complete_lines == 2
+    row.add(nano_tokenizer.encode("Three")[0])
+    assert (row.complete_lines, row.n_lines) == (2, 3)

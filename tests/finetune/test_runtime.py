@@ -1,0 +1,84 @@
+"""Devices, precisions and random generators."""
+
+import numpy as np
+import pytest
+import torch
+
+from finetune import runtime as runtime_module
+from finetune.runtime import Runtime, seed_everything
+from models.paraphrase_gpt import ParaphraseGPT
+from modules.kernels import accelerate
+from modules.lora import LoRAConfig, add_lora
+from modules.settings import UserError
+
+
+def start(use_gpu: bool, precision: str) -> Runtime:
+    return runtime_module.start(use_gpu, precision, deterministic=False, seed=0)
+
+
+def test_devices_and_precisions(monkeypatch):
+    assert start(False, "auto").autocast_dtype is None
+    assert start(False, "bf16").autocast_dtype == torch.bfloat16
+    with pytest.raises(UserError, match="--precision fp16 needs a CUDA GPU, this run is on cpu"):
+        start(False, "fp16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="neither a CUDA GPU nor Apple's MPS"):
+        start(True, "auto")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert start(True, "auto").device.type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)  # noqa: B023
+        assert start(True, "auto").autocast_dtype == expected
+        assert start(True, "auto").device.type == "cuda"
+
+
+def test_frozen_matrices_in_bfloat16_change_no_result(gpt, capsys):
+    """Autocast rounds them so in every forward; adapters, norms and embeddings stay float32."""
+    add_lora(gpt, LoRAConfig(dropout=0.0))
+    torch.manual_seed(0)
+    trained = [p for p in gpt.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    accelerate(gpt)
+    model, ids = ParaphraseGPT(gpt, (7, 40)), torch.randint(0, 101, (3, 9))
+    runtime = start(False, "bf16")
+
+    def results() -> list[torch.Tensor]:
+        with runtime.autocast():
+            logits = model(ids, torch.ones_like(ids))
+        return [logits, *torch.autograd.grad(logits.square().sum(), trained)]
+
+    before = results()
+    runtime.prepare(model, compile=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
+    types = {name: p.dtype for name, p in gpt.named_parameters()}
+    halved = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    assert halved == {name for name in types if name.endswith(("qkv.weight", "qkv.bias"))} | {
+        f"gpt_layers.{i}.{name}.{kind}"
+        for i in range(3)
+        for name in ("attention_dense", "interm_dense", "out_dense")
+        for kind in ("weight", "bias")
+    }
+    assert "trainable, on cpu" in capsys.readouterr().out
+
+
+def test_a_seed_fixes_all_generators():
+    def draw():
+        seed_everything(5)
+        return torch.rand(1).item(), np.random.rand()
+
+    assert draw() == draw()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--nproc_per_node is more than the 2 GPUs of this machine"):
+        start(True, "bf16")
