@@ -68,25 +68,36 @@ def fetch_quora(base: str, folder: Path, files: dict[str, tuple[bool, int]]) -> 
         except UserError as error:
             where, advice = (target, "move it away") if exists else (url, "give another URL")
             if not exists:
-                part.unlink()
+                remove(part)
             raise UserError(
                 f"{where} is not the course's file ({error}): {advice} and run the command again, "
                 "or see data/README.md"
             ) from None
         if not exists:
             os.replace(part, target)
+            remove(part)
         print(f"{target}: {count:,} pairs" + (", already there" if exists else ""))
 
 
-def download(url: str, part: Path) -> None:
-    """Fetch `url` by curl, resuming `part` if there is one; raises UserError if that fails."""
+def curl_command(url: str, part: Path) -> list[str]:
+    """curl's arguments to fetch `url`, or the rest of it if its ETag is still that of `part`."""
     command = ["curl", "--fail", "--location", "--globoff", "--connect-timeout", str(SILENCE)]
     command += ["--speed-time", str(SILENCE), "--speed-limit", "1"]
     command += ["--progress-bar" if sys.stderr.isatty() else "--silent"]
     command += ["--write-out", "%{http_code} %{errormsg}", "--output", str(part)]
-    command += ["--continue-at", "-", "--url", url]
+    etag = part.with_suffix(".etag")
+    if not part.exists():
+        command += ["--etag-save", str(etag)]
+    elif etag.exists() and etag.stat().st_size:
+        command += ["--header", f"If-Range: {etag.read_text().strip()}"]
+    return [*command, "--continue-at", "-", "--url", url]
+
+
+def download(url: str, part: Path) -> None:
+    """Fetch `url` by curl, resuming `part` if there is one; raises UserError if that fails."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
+            command = curl_command(url, part)
             curl = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         except FileNotFoundError:
             raise UserError("curl is needed to fetch files: install it") from None
@@ -94,7 +105,7 @@ def download(url: str, part: Path) -> None:
         status, _, message = curl.stdout.partition(" ")
         reason = message or f"HTTP status {status}, curl's exit code {code}"
         if code in NO_RANGES or status == "416":  # 416: the part is as long as the file, or longer
-            part.unlink(missing_ok=True)
+            remove(part)
         elif code == 0:
             return
         elif code not in BROKEN and not status.startswith("5"):
@@ -102,11 +113,19 @@ def download(url: str, part: Path) -> None:
         if attempt < ATTEMPTS:
             print(f"{url}: {reason}; trying again", flush=True)
             time.sleep(PAUSE)
+    if not part.exists():
+        remove(part)  # its ETag
     raise UserError(
         f"could not fetch {url} ({reason}): check the address and the network, then run the "
         "command again, which resumes the download; or put the file there by hand, see "
         "data/README.md"
     )
+
+
+def remove(part: Path) -> None:
+    """Remove a part and the ETag kept beside it."""
+    for path in (part, part.with_suffix(".etag")):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(fault or 404)
             return
         start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if server.has_ranges else 0
+        if self.headers.get("If-Range", f'"{len(body)}"') != f'"{len(body)}"':
+            start = 0  # the file is not the one that the part is of
         if start and start >= len(body):
             self.send_error(416)
             return
@@ -141,11 +143,20 @@ def test_a_download_that_breaks_in_every_attempt_is_resumed_by_the_next_run(serv
     server.faults = ["ends"] * fetch.ATTEMPTS
     said = failure(server)
     assert re.match(rf"could not fetch {server.url}/{NAME} \(.+\): check .*, see data/README", said)
-    assert contents(server.folder) == {PART: WHOLE[:4000]}
+    assert contents(server.folder)[PART] == WHOLE[:4000]
     assert len(server.ranges) == fetch.ATTEMPTS
     assert not failure(server)
     assert server.ranges[fetch.ATTEMPTS :] == ["bytes=4000-"]
     assert contents(server.folder) == {NAME: WHOLE}
+
+
+def test_the_part_of_a_file_that_has_changed_is_fetched_anew(server):
+    server.faults = ["ends"] * fetch.ATTEMPTS
+    assert failure(server)
+    server.files[f"/{NAME}"] = changed = pairs_file(ROWS + 10, word="that")
+    assert not failure(server)
+    assert server.ranges[fetch.ATTEMPTS :] == ["bytes=4000-", None]
+    assert contents(server.folder) == {NAME: changed}
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS + 10])
