@@ -45,7 +45,8 @@ def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
+    base = args.model_path or args.model_size
+    folder = find_checkpoint(base)
     gpt = GPT2Model.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
     train, dev, test = datasets.load_pairs(
@@ -87,12 +88,7 @@ def main(args: argparse.Namespace) -> None:
                 run.record, vars(args), lora, fitted, final, dev.labels, score.logits, errors
             )
         table |= peft_format.write_exports(
-            gpt,
-            lora,
-            args.model_path or args.model_size,
-            tokenizer,
-            peft_folder=args.export_peft,
-            merged_folder=args.export_merged,
+            gpt, lora, base, tokenizer, args.export_peft, args.export_merged
         )
         run.finish(table)
 

@@ -51,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
+    base = args.model_path or args.model_size
+    folder = find_checkpoint(base)
     gpt = GPT2Model.from_pretrained(folder)
     tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
     sonnets = datasets.load_sonnets(
@@ -78,10 +79,7 @@ def main(args: argparse.Namespace) -> None:
     score = metrics.SonnetScorer(model, generator, sonnets)
 
     # Fit
-    untrained = {}
-    if not args.predict_only:
-        untrained = {"val_loss_before_training": score.validation_loss()}
-        print(f"validation loss before training {untrained['val_loss_before_training']:.4f}")
+    untrained = {} if args.predict_only else score.before_training()
     fitted = None if args.predict_only else fit(args, machine, run, model, sonnets, score)
 
     # Predict
@@ -95,12 +93,7 @@ def main(args: argparse.Namespace) -> None:
         if fitted:
             table |= outputs.write_sonnet_record(run.record, vars(args), lora, fitted, final)
         table |= peft_format.write_exports(
-            gpt,
-            lora,
-            args.model_path or args.model_size,
-            tokenizer,
-            peft_folder=args.export_peft,
-            merged_folder=args.export_merged,
+            gpt, lora, base, tokenizer, args.export_peft, args.export_merged
         )
         run.finish(table)
 

@@ -78,10 +78,7 @@ def main(args: argparse.Namespace) -> None:
     score = metrics.SonnetScorer(model, generator, sonnets)
 
     # Fit
-    untrained = {}
-    if not args.predict_only:
-        untrained = {"val_loss_before_training": score.validation_loss()}
-        print(f"validation loss before training {untrained['val_loss_before_training']:.4f}")
+    untrained = {} if args.predict_only else score.before_training()
     fitted = None if args.predict_only else fit(args, machine, run, model, sonnets, score)
 
     # Predict

@@ -112,6 +112,12 @@ class SonnetScorer:
         """Nats per token on the validation poems."""
         return next_token_loss(self.model, self.data.validation_ids, self.generator.runtime)
 
+    def before_training(self) -> dict[str, float]:
+        """Print and return the validation loss that the training starts from."""
+        loss = self.validation_loss()
+        print(f"validation loss before training {loss:.4f}")
+        return {"val_loss_before_training": loss}
+
     def __call__(self) -> dict[str, float]:
         """The metrics of an epoch."""
         self.poems = self.generator.write(self.data.dev)

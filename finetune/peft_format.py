@@ -121,7 +121,6 @@ def write_exports(
     config: LoRAConfig,
     base: str | Path,
     tokenizer: "GPT2TokenizerFast",
-    *,
     peft_folder: Path | None,
     merged_folder: Path | None,
 ) -> dict[str, Path]:

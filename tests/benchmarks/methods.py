@@ -44,9 +44,12 @@ def one_run(task: str, method: str, lr: float, seed: int, flags: list[str]) -> d
             "--lr", str(lr), "--seed", str(seed), "--lr_schedule", "linear",
             "--warmup_ratio", "0.1", *method_flags.split(), *task_flags.split(), *flags,
         ]  # fmt: skip
-        (Path(folder) / "data").symlink_to(ROOT / "data")
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-        path = Path(folder) / "predictions" / f"{kind}-{task}-metrics.json"
+        files = ["sonnet_out"] if task == "sonnet" else ["para_dev_out", "para_test_out"]
+        for name in files:
+            command += [f"--{name}", f"{folder}/{name}"]
+        command += ["--checkpoint_dir", folder]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        path = Path(folder) / f"{kind}-{task}-metrics.json"
         metrics = json.loads(path.read_text())
     about = {name: metrics[name] for name in ("trainable_parameters", "train_seconds")}
     return metrics["final"] | about
