@@ -93,8 +93,8 @@ class GPT2Model(nn.Module):
             cache.advance(layout)
         if last_only:
             return {"last_token": h}
-        rows = layout.in_place(h)
-        return {"last_hidden_state": rows, "last_token": h[layout.last], "token_states": h}
+        rows, last = layout.in_place(h), h.index_select(0, layout.last)
+        return {"last_hidden_state": rows, "last_token": last, "token_states": h}
 
     def _layout(
         self,

@@ -44,8 +44,8 @@ class GPT2Layer(nn.Module):
         """
         y = self.self_attention(self.attention_layer_norm(h), layout, mask, cache, last_only)
         if last_only:
-            h = h[layout.last]
-            intervened = None if intervened is None else intervened[layout.last]
+            h = h.index_select(0, layout.last)
+            intervened = None if intervened is None else intervened.index_select(0, layout.last)
         h = h + self.dropout(self.attention_dense(y))
         if self.after_attention is not None:
             h = self.after_attention(h, intervened)
