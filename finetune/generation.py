@@ -107,9 +107,10 @@ def generate(
     size = max((sequence.longest for sequence in active), default=0)
     cache = KVCache(gpt.config.n_layer, len(active), size, device)
     input_ids, mask, prompt_lengths = _right_padded(prompts, device)
-    with prepacked(gpt, len(active), runtime.autocast_dtype or torch.float32), runtime.autocast():
+    with prepacked(gpt, len(active), runtime.autocast_dtype or torch.float32):
         while active:
-            h = gpt(input_ids, mask, cache=cache, prompt_lengths=prompt_lengths, last_only=True)
+            with runtime.autocast():
+                h = gpt(input_ids, mask, cache=cache, prompt_lengths=prompt_lengths, last_only=True)
             logits = gpt.hidden_state_to_token(h["last_token"])  # [B,V]
             tokens = choose_tokens(logits, active, end_of_text, config)
             for sequence, token in zip(active, tokens, strict=True):
