@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and by one run at a time."""
+"""Write files atomically, and keep two runs from writing the same one."""
 
 import contextlib
 import filecmp
@@ -57,7 +57,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole."""
+    """Write a UTF-8 text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 

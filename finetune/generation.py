@@ -137,7 +137,7 @@ def _right_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class SonnetGenerator:
-    """Continues sonnets; a text depends on the seed, the sonnet and the sample's number alone."""
+    """Continues sonnets; a text depends only on the seed, the sonnet and the sample's number."""
 
     gpt: GPT2Model
     tokenizer: "PreTrainedTokenizerFast"

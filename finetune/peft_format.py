@@ -226,7 +226,7 @@ def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
 def _parts(
     gpt: GPT2Model, adapters: dict[tuple[int, str], LowRank]
 ) -> Iterator[tuple[tuple[int, str, str], LowRank]]:
-    """Layer, name and target with the adapter of this target alone; checks the shapes."""
+    """Layer, name and target with the adapter of this target only; checks the shapes."""
     for (layer, name), adapter in adapters.items():
         if layer >= len(gpt.gpt_layers):
             raise UserError(

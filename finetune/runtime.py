@@ -36,7 +36,7 @@ STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, autocast type (None is float32) and rank. Rank 0 alone prints and writes."""
+    """Device, autocast type (None is float32) and rank. Only rank 0 prints and writes."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None

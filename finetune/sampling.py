@@ -67,7 +67,7 @@ def top_p_sample(
     The likeliest tokens are kept until their mass passes `top_p`, one at least (Holtzman et al.
     2019). Nothing is sorted for that, which would take longer than the model: a token is drawn from
     the whole vocabulary, and if the likelier ones hold a mass of `top_p` by themselves, it is drawn
-    again from those alone.
+    again from those only.
     """
     p = (logits / temperature).softmax(1)
     if p.device.type == "mps":

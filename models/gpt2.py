@@ -72,7 +72,7 @@ class GPT2Model(nn.Module):
         last_only: bool = False,
     ) -> dict[str, Tensor]:
         """`last_hidden_state` [B,T,C]; `last_token` [B,C], the state at each row's last token;
-        `token_states` [N,C] of all tokens, row by row. With `last_only`, `last_token` alone.
+        `token_states` [N,C] of all tokens, row by row. With `last_only`, only `last_token`.
 
         `attention_mask` [B,T] is 1 where `input_ids` [B,T] holds a token; `token_index` as in
         `TokenLayout.of`. With a `cache`, the tokens follow those read before. ReFT counts the first

@@ -147,7 +147,7 @@ def load_config(folder: Path) -> GPT2Config:
     config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
-    layer = 12 * config.n_embd**2  # its matrices alone
+    layer = 12 * config.n_embd**2  # its matrices only
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
     size = sum(file.stat().st_size for file in _weight_files(folder) if file.exists())
     if least > max(size, 10**8):  # before memory is asked for that there may not be

@@ -26,7 +26,7 @@ class SonnetGPT(nn.Module):
         row. All arguments are a batch of `datasets.SonnetBatches`.
         """
         states = self.gpt(input_ids, attention_mask, token_index, prompt_lengths=prompt_lengths)
-        h = states["token_states"][: len(targets)]  # without what stands for padding
+        h = states["token_states"][: len(targets)]  # without the padding positions
         return self.loss(h, self.gpt.word_embedding.weight, targets)
 
 

@@ -40,7 +40,7 @@ class KVCache:
         self.longest += layout.shape[1]
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max()) if len(rows) else 0
         for layer in self.layers:

@@ -32,7 +32,7 @@ def use_onednn(x: Tensor) -> bool:
 
 @cache
 def onednn_leads() -> bool:
-    """MKL has AVX-512 code for Intel's CPUs alone, oneDNN for all.
+    """MKL has AVX-512 code only for Intel's CPUs, oneDNN for all.
 
     On two cores of an AMD EPYC (Zen 5) oneDNN makes 450 GFLOP/s in float32, MKL 200.
     """

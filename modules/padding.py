@@ -1,4 +1,4 @@
-"""A batch without its padding: layers see the N tokens, [N,C]; attention alone needs rows."""
+"""A batch without its padding: layers see the N tokens, [N,C]; only attention needs rows."""
 
 from dataclasses import dataclass
 
@@ -31,8 +31,8 @@ class TokenLayout:
         """The layout of `input_ids` [B,T] with 1 in `attention_mask` [B,T] where a token is.
 
         `token_index` [N], for rows padded on the right, says the same without reading the mask,
-        for which a GPU would have to be waited for. It may end in some padding positions: no
-        token attends to them. `cached` [B] counts each row's tokens before these.
+        which would wait for a GPU. It may end in some padding positions: no token attends to
+        them. `cached` [B] counts each row's tokens before these.
         """
         (B, T), device = input_ids.shape, input_ids.device
         source, index = token_index, token_index

@@ -35,7 +35,7 @@ class ReFTConfig:
     method: ClassVar[str] = "reft"
     type: str = setting("adapter", f"{', '.join(TYPES)} [%(default)s]", choices=TYPES)
     rank: int = setting(4, "dimensions of the subspace that is intervened on", least=1)
-    alpha: float = setting(16.0, "the type adapter alone is scaled, by alpha / rank", above=0)
+    alpha: float = setting(16.0, "only the type adapter is scaled, by alpha / rank", above=0)
     dropout: float = setting(0.0, "on what is added to the states", least=0, below=1)
     activation: str | None = setting(
         None,
