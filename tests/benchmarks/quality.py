@@ -58,7 +58,10 @@ def our_run(args: argparse.Namespace, seed: int) -> list[float]:
 
 
 class PyreftHook(nn.Module):
-    """pyreft's LoReFT at a hook point of a GPT2Layer."""
+    """pyreft's LoReFT at a hook point of a GPT2Layer, from the same start as ours: W = R, b = 0.
+
+    With its own random W it is no identity at first, and after 3,000 pairs still far from trained.
+    """
 
     def __init__(self, width: int, rank: int):
         super().__init__()
@@ -66,6 +69,9 @@ class PyreftHook(nn.Module):
         self.intervention = loreft(
             embed_dim=width, low_rank_dimension=rank, dtype=torch.float32, dropout=0.0
         )
+        with torch.no_grad():
+            self.intervention.learned_source.weight.copy_(self.intervention.rotate_layer.weight.T)
+            self.intervention.learned_source.bias.zero_()
 
     def forward(self, h: Tensor, intervened: Tensor | None = None) -> Tensor:
         return self.intervention(h)
