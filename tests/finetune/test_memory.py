@@ -12,6 +12,7 @@ from finetune.runtime import LESS_MEMORY, Runtime
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.adapters import adapter_state
+from modules.kernels import accelerate
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, ReFTConfig, add_reft
 from tests.conftest import adamw, narrow_hf_model
@@ -28,12 +29,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, add, checkpointing, loss=sonnet_loss, steps=3):
+def train(folder, add, checkpointing, fast, loss=sonnet_loss, steps=3):
     torch.manual_seed(5)
     gpt = GPT2Model.from_pretrained(folder)
     add(gpt)
     gpt.gradient_checkpointing = checkpointing
     model = SonnetGPT(gpt).train()
+    if fast:
+        accelerate(model)
     start = adapter_state(model)
     config = FitConfig(lr=0.01)
     trainer = Trainer(model, loss, adamw(model, config), config, steps, CPU)
@@ -50,10 +53,11 @@ ADAPTERS = {"lora": lambda gpt: add_lora(gpt, LoRAConfig(rank=2, dropout=0.2))} 
 }
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_with_gradient_checkpointing_every_adapter_trains_just_as_without(folder, name):
-    plain, start, without = train(folder, ADAPTERS[name], checkpointing=False)
-    again, _, with_it = train(folder, ADAPTERS[name], checkpointing=True)
+def test_with_gradient_checkpointing_every_adapter_trains_just_as_without(folder, name, fast):
+    plain, start, without = train(folder, ADAPTERS[name], checkpointing=False, fast=fast)
+    again, _, with_it = train(folder, ADAPTERS[name], checkpointing=True, fast=fast)
     assert again == plain  # the same masks are drawn the second time
     assert all(torch.equal(with_it[key], without[key]) for key in without)
     assert not any(torch.equal(with_it[key], start[key]) for key in start)
