@@ -32,7 +32,8 @@ class TokenLayout:
 
         `token_index` [N], for rows padded on the right, says the same without reading the mask,
         which would wait for a GPU. It may end in some padding positions: no token attends to
-        them. `cached` [B] counts each row's tokens before these.
+        them. `cached` [B] counts each row's tokens before these. Raises ValueError for a row
+        without a token.
         """
         (B, T), device = input_ids.shape, input_ids.device
         source, index = token_index, token_index
@@ -43,6 +44,8 @@ class TokenLayout:
             place, lengths = token_index, attention_mask.sum(1)
         else:
             source, lengths = attention_mask.flatten().nonzero().squeeze(1), attention_mask.sum(1)
+            if cached is None and not lengths.all():
+                raise ValueError("a row of attention_mask holds no token")
             position = attention_mask.cumsum(1).flatten()[source] - 1
             place = index = source // T * T + position
         row, position = place // T, place % T

@@ -48,6 +48,11 @@ def test_an_index_with_padding_positions_at_its_end_is_the_same_layout():
     assert torch.equal(layout.to_tokens(rows), x)
 
 
+def test_a_row_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="a row of attention_mask holds no token"):
+        TokenLayout.of(IDS, RIGHT * torch.tensor([[1], [0], [1]]))
+
+
 def test_gradients_pass_both_ways_unchanged():
     layout = TokenLayout.of(IDS, HOLES)
     x = torch.randn(len(layout.row), 3, requires_grad=True)
