@@ -70,7 +70,7 @@ def checked(convert: Callable[[str], Any], check: Callable[[Any], Any]) -> Calla
 
 def add_settings(
     parser: argparse.ArgumentParser, title: str, config: type, prefix: str = ""
-) -> None:
+) -> Any:
     """A group of flags, one for each field of a config dataclass, with `prefix` in their names."""
     group = parser.add_argument_group(title)
     types = get_type_hints(config)
@@ -85,7 +85,9 @@ def add_settings(
         elif about["check"]:
             options |= {"type": checked(str, about["check"]), "metavar": "WHERE"}
         elif about["choices"] is not None:
-            options |= {"choices": list(about["choices"]), "metavar": field.name.upper()}
+            options["choices"] = list(about["choices"])
+            if all(choice in about["help"] for choice in options["choices"]):
+                options["metavar"] = field.name.upper()  # else argparse lists them
         elif "int" in hint:
             options |= {"type": number(int, **about["bounds"]), "metavar": "N"}
         elif "float" in hint:
@@ -93,6 +95,7 @@ def add_settings(
         if hint.startswith("tuple"):
             options["nargs"] = "+"
         group.add_argument(f"--{prefix}{field.name}", **options)
+    return group
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -133,10 +136,10 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", **options)
 
 
-def add_num_samples(parser: argparse.ArgumentParser) -> None:
+def add_num_samples(group: Any) -> None:
     """How many poems to write."""
     help = "K poems for each of the held-out sonnets, to choose from, in a second file"
-    parser.add_argument(
+    group.add_argument(
         "--num_samples", type=number(int, least=1), default=1, metavar="K", help=help
     )
 
