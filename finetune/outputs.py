@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 
 from data.sonnets import Sonnet
 from datasets import ANSWERS
@@ -72,6 +71,8 @@ def write_paraphrase_record(
 
     Returns what to print of them.
     """
+    from sklearn.metrics import confusion_matrix
+
     more = {"most_confident_errors": most_confident_errors}
     write_metrics(files["metrics"], arguments, adapter, fitted, final, **more)
     metrics = {"dev_accuracy": "accuracy", "dev_macro_f1": "macro F1"}
