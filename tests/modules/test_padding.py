@@ -31,7 +31,8 @@ def test_rows_are_closed_up_and_come_back_in_place(mask):
         n = int(is_token.sum())
         assert rows[row].tolist() == (ids[is_token] + 1).tolist() + [0] * (4 - n)
         assert layout.position[layout.row == row].tolist() == list(range(n))
-    assert tokens[layout.last].tolist() == [int(ids[m][-1]) for ids, m in zip(IDS, mask.bool())]  # noqa: B905
+    last = [int(ids[is_token][-1]) for ids, is_token in zip(IDS, mask.bool(), strict=True)]
+    assert tokens[layout.last].tolist() == last
     assert torch.equal(layout.to_tokens(rows), tokens + 1)
     assert torch.equal(layout.in_place(tokens + 1), (IDS + 1) * mask)
 
