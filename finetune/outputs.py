@@ -29,7 +29,7 @@ def write_paraphrase_predictions(path: Path, ids: Iterable[str], logits: torch.T
 
 
 def write_sonnets(path: str | Path, sonnets: Iterable[Sonnet]) -> None:
-    """The course's format, which its reader and `datasets.read_sonnets` take."""
+    """The course's format, which its reader and `data.sonnets.read_sonnets` take."""
     write_text(path, "--Generated Sonnets-- \n\n" + "".join(map(format_sonnet, sonnets)))
 
 

@@ -48,8 +48,11 @@ def accelerate(model: nn.Module) -> None:
     """
     if os.environ.get(SWITCH) == "0":
         return
-    faster = {LoRALinear: FastLoRALinear, NextTokenLoss: ChunkedNextTokenLoss}
-    if next(model.parameters()).device.type == "cpu":
+    device = next(model.parameters()).device
+    faster = {NextTokenLoss: ChunkedNextTokenLoss}
+    if device.type == "cpu" or native_dropout_works(device):
+        faster[LoRALinear] = FastLoRALinear
+    if device.type == "cpu":
         keep_freed_memory()
         faster[nn.Dropout] = ByteDropout
         if onednn_works():
@@ -58,9 +61,6 @@ def accelerate(model: nn.Module) -> None:
             faster[CausalSelfAttention] = FastCausalSelfAttention
     for module in model.modules():
         module.__class__ = faster.get(type(module), type(module))
-
-
-# Linear layers
 
 
 class FastLinear(nn.Linear):
@@ -93,6 +93,19 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     mask = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)
     mask.ge_(n_dropped)  # in place: the comparison to a tensor of bool is 15 times slower
     return mask.to(x.dtype).mul_(x), mask, 256 / (256 - n_dropped)
+
+
+@cache
+def native_dropout_works(device: torch.device) -> bool:
+    """Is `native_dropout`, by which `drop` works off a CPU, right in both directions?"""
+    x = torch.ones(8, 8, device=device)
+
+    def deviation() -> Tensor:
+        y, mask = torch.native_dropout(x, 0.5, True)
+        gradient = torch.ops.aten.native_dropout_backward(x, mask, 2.0)
+        return torch.stack([y - gradient, y * (y - 2)])  # all are 0 or 2
+
+    return agrees("its own LoRA backward", deviation, lambda: x.new_zeros(2, 8, 8))
 
 
 def drop_gradient(grad: Tensor, mask: Tensor, p: float) -> Tensor:
@@ -244,9 +257,6 @@ def attention_backward_works() -> bool:
 
     plain = F.scaled_dot_product_attention
     return agrees("its own attention", lambda: gradient(cpu_attention), lambda: gradient(plain))
-
-
-# The next-token loss
 
 
 class ChunkedNextTokenLoss(NextTokenLoss):

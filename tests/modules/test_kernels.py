@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -238,6 +239,15 @@ def test_masks_follow_pytorchs_generator_and_nothing_else():
     assert all(torch.equal(drop(x, 0.5)[1], mask) for mask in masks)
     agreement = (masks[0] == masks[1]).float().mean().item()
     assert agreement == pytest.approx(0.5, abs=0.02)
+
+
+def test_native_dropout_is_checked_in_both_directions(monkeypatch, capsys):
+    check = kernels.native_dropout_works.__wrapped__
+    assert check(torch.device("cpu"))
+    ops = mock.Mock(native_dropout_backward=lambda grad, mask, scale: grad * mask)  # no scale
+    monkeypatch.setattr(kernels.torch.ops, "aten", ops)
+    assert not check(torch.device("cpu"))
+    assert "running without its own LoRA backward" in capsys.readouterr().out
 
 
 # LoRA
