@@ -1,5 +1,6 @@
 """GPT-2 (Radford et al. 2019): the transformer without a task head."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ class GPT2Model(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.intervention_positions: Positions | None = None  # of ReFT, None is all
         self.gradient_checkpointing = False  # compute a block again for its gradient, to keep less
+        self.register_buffer("logit_bias", None, persistent=False)  # [V], see suppress_tokens
         if not self.word_embedding.weight.is_meta:
             self._init_weights()
 
@@ -127,13 +129,20 @@ class GPT2Model(nn.Module):
         lengths = layout.lengths if prompt_lengths is None else prompt_lengths
         return self.intervention_positions.of(layout.position, lengths[layout.row])
 
+    def suppress_tokens(self, ids: Iterable[int]) -> None:
+        """Give these ids, and no others, a logit of -inf: rows of the embedding without a token."""
+        self.logit_bias = None
+        if ids := list(ids):
+            self.logit_bias = self.word_embedding.weight.new_zeros(self.config.vocab_size)
+            self.logit_bias[ids] = -torch.inf
+
     def hidden_state_to_token(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., C] by the tied word embedding, in float32.
 
         Under autocast too: near a logit of -100, say, bfloat16 numbers are half a nat apart.
         """
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), self.word_embedding.weight)
+            return F.linear(h.float(), self.word_embedding.weight, self.logit_bias)
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

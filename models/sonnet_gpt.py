@@ -27,7 +27,7 @@ class SonnetGPT(nn.Module):
         """
         states = self.gpt(input_ids, attention_mask, token_index, prompt_lengths=prompt_lengths)
         h = states["token_states"][: len(targets)]  # without the padding positions
-        return self.loss(h, self.gpt.word_embedding.weight, targets)
+        return self.loss(h, self.gpt.word_embedding.weight, targets, self.gpt.logit_bias)
 
 
 def sonnet_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

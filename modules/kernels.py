@@ -262,21 +262,21 @@ def attention_backward_works() -> bool:
 class ChunkedNextTokenLoss(NextTokenLoss):
     """The same with the logits of some states at a time, of a weight that is not trained."""
 
-    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None):
         if weight.requires_grad:
-            return super().forward(h, weight, targets)
-        return _ChunkedLoss.apply(h, weight, targets)
+            return super().forward(h, weight, targets, bias)
+        return _ChunkedLoss.apply(h, weight, targets, bias)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """The gradient of h is made on the way forward, so no matmul more is done than by autograd."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         total, gradients = 0.0, []
         with torch.autocast(h.device.type, enabled=False):
             for h_part, target in zip(h.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-                logits = matmul(h_part.float(), weight)  # [chunk,V]
+                logits = matmul(h_part.float(), weight, bias)  # [chunk,V]
                 log_z = logits.logsumexp(1, keepdim=True)
                 total = total + (log_z - logits.gather(1, target[:, None])).sum()
                 if ctx.needs_input_grad[0]:
@@ -290,7 +290,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        return (ctx.saved_tensors[0] * grad_output).to(ctx.dtype), None, None
+        return (ctx.saved_tensors[0] * grad_output).to(ctx.dtype), None, None, None
 
 
 # Decoding with prepacked weights
@@ -310,7 +310,7 @@ def prepacked(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
             merged = layer.effective_weight() if isinstance(layer, LoRALinear) else layer.weight
             layer.prepacked = prepack(merged.to(dtype), rows)
         if layers:
-            gpt.hidden_state_to_token = _prepacked_head(gpt.word_embedding.weight, rows, dtype)
+            gpt.hidden_state_to_token = _prepacked_head(gpt, rows, dtype)
         yield
     finally:
         for layer in layers:
@@ -318,19 +318,20 @@ def prepacked(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
         gpt.__dict__.pop("hidden_state_to_token", None)  # the method is back
 
 
-def _prepacked_head(weight: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _prepacked_head(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The LM head as a function: float32 logits [B,V] of states [B,C].
 
-    In 16 bits the mean row is subtracted first and its logit added back in float32: what all tokens
-    have in common is not rounded, and the rest is small, and so is its rounding.
+    In 16 bits the tokens' mean row is subtracted first and its logit added back in float32: what
+    all tokens have in common is not rounded, and the rest is small, and so is its rounding.
     """
-    weight = weight.detach()
-    mean_row = None if dtype == torch.float32 else weight.mean(0)
+    weight, bias = gpt.word_embedding.weight.detach(), gpt.logit_bias
+    used = weight if bias is None else weight[bias == 0]
+    mean_row = None if dtype == torch.float32 else used.mean(0)
     head = prepack(weight if mean_row is None else (weight - mean_row).to(dtype), rows)
 
     def hidden_state_to_token(h: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            logits = prepacked_linear(h, head).float()
+            logits = prepacked_linear(h, head, gpt.logit_bias).float()
             return logits if mean_row is None else logits.add_((h.float() @ mean_row)[:, None])
 
     return hidden_state_to_token

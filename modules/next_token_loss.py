@@ -6,9 +6,14 @@ from torch import Tensor, nn
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross-entropy of softmax(W h), in nats per token, computed in float32."""
+    """Mean cross-entropy of softmax(W h + b), in nats per token, computed in float32."""
 
-    def forward(self, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """A scalar from states h [N,C], the LM head's weight [V,C] and the token ids [N]."""
+    def forward(
+        self, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """A scalar from states h [N,C], the LM head's weight [V,C] and the token ids [N].
+
+        `bias` [V] is -inf for the ids that have no part in the softmax.
+        """
         with torch.autocast(h.device.type, enabled=False):
-            return F.cross_entropy(F.linear(h.float(), weight), targets)
+            return F.cross_entropy(F.linear(h.float(), weight, bias), targets)

@@ -15,6 +15,7 @@ from modules.kernels import accelerate
 from modules.kv_cache import LayerCache
 from modules.lora import LoRAConfig, add_lora
 from tests.conftest import ROOT
+from tests.models.test_gpt2 import with_unused_rows
 
 CPU = Runtime(torch.device("cpu"))
 NO_LINES = LineCounter(frozenset(), str)
@@ -22,7 +23,7 @@ END = 100
 PROMPTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6], [8, 8, 8, 8]]
 
 
-def decode(gpt, prompts, n_new=20, end=END, seeds=None, **settings):
+def decode(gpt, prompts, n_new=20, end=END, seeds=None, runtime=CPU, **settings):
     config = SamplingConfig(**{"min_lines": 0} | settings)
     accelerate(gpt)
     seeds = seeds or range(len(prompts))
@@ -30,7 +31,7 @@ def decode(gpt, prompts, n_new=20, end=END, seeds=None, **settings):
         Sequence(prompt, (1, seed), len(prompt) + n_new, NO_LINES)
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    return generate(gpt, sequences, end, config, CPU)
+    return generate(gpt, sequences, end, config, runtime)
 
 
 def decode_hf(hf, prompt, n_new=20, **settings):
@@ -92,6 +93,17 @@ def test_a_row_ends_at_its_own_length_and_takes_no_further_work(gpt, monkeypatch
     texts = generate(gpt, rows, -1, SamplingConfig(min_lines=0), CPU)
     assert [len(text) for text in texts] == [4, 5, 6]
     assert batches == [3] * 3 + [2] * 3 + [1] * 3  # three layers
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_suppressed_ids_never_come_and_change_no_text(gpt, greedy, dtype):
+    padded = with_unused_rows(gpt)
+    runtime = Runtime(torch.device("cpu"), dtype)
+    expected, found = (decode(m, PROMPTS, greedy=greedy, runtime=runtime) for m in (gpt, padded))
+    assert found == expected
+    padded.suppress_tokens(())
+    assert max(map(max, decode(padded, PROMPTS, greedy=greedy, runtime=runtime))) > END
 
 
 def test_end_of_text_ends_a_row_and_is_left_out(hf_model, gpt):

@@ -1,8 +1,13 @@
 """GPT2Model against `transformers`' GPT2Model in float32."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import nn
 
 from datasets import token_index
 from models.config import SIZES, GPT2Config
@@ -201,6 +206,44 @@ def test_logits_are_float32_and_exact_under_autocast(gpt):
         logits = gpt.hidden_state_to_token(h)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, h @ gpt.word_embedding.weight.T, atol=1e-3)
+
+
+def with_unused_rows(gpt: GPT2Model) -> GPT2Model:
+    """A copy of the model whose embedding ends in 27 rows of zeros, with their ids suppressed.
+
+    The logits of both are moved to about -50, as gpt2's are, where a zero row would win.
+    """
+    with torch.no_grad():
+        gpt.final_layer_norm.weight[0], gpt.final_layer_norm.bias[0] = 0, 10
+        gpt.word_embedding.weight[:, 0] = -5
+    padded = copy.deepcopy(gpt)
+    padded.config = replace(gpt.config, vocab_size=128)
+    rows = F.pad(gpt.word_embedding.weight.detach(), (0, 0, 0, 27))
+    padded.word_embedding = nn.Embedding.from_pretrained(
+        rows, freeze=not gpt.word_embedding.weight.requires_grad
+    )
+    padded.suppress_tokens(range(101, 128))
+    return padded
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_suppressed_ids_have_probability_0_and_change_no_other_logit(gpt, autocast):
+    padded, ids = with_unused_rows(gpt), torch.randint(0, 101, (3, 9))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, found = (m.hidden_state_to_token(m(ids)["last_token"]) for m in (gpt, padded))
+        padded.suppress_tokens(())
+        plain = padded.hidden_state_to_token(padded(ids)["last_token"])
+    assert (found[:, 101:] == -torch.inf).all()
+    assert torch.allclose(found[:, :101], expected, atol=1e-5)
+    assert (plain.argmax(1) >= 101).all()
+
+
+def test_what_is_suppressed_moves_with_the_model_and_is_not_saved(gpt):
+    names = gpt.state_dict().keys()
+    gpt.suppress_tokens([3, 100])
+    assert gpt.state_dict().keys() == names
+    assert gpt.logit_bias.isinf().nonzero().flatten().tolist() == [3, 100]
+    assert gpt.to("meta").logit_bias.is_meta
 
 
 def test_sizes_are_gpt2s():

@@ -26,6 +26,7 @@ from modules.lora import LoRAConfig, LoRALinear, add_lora
 from modules.next_token_loss import NextTokenLoss
 from modules.onednn import add_matmul, matmul, onednn_leads, onednn_works
 from tests.conftest import ROOT
+from tests.models.test_gpt2 import with_unused_rows
 
 prepacks = pytest.mark.skipif(not onednn_works(), reason="PyTorch has no oneDNN for this CPU")
 
@@ -328,11 +329,13 @@ def test_attention_under_dropout_is_the_same_attention(gpt, padded):
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 11])
-def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(library, n, monkeypatch):
+@pytest.mark.parametrize("suppressed", [False, True])
+def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(library, n, suppressed, monkeypatch):
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 4)
     h, weight = torch.randn(n, 6, requires_grad=True), torch.randn(50, 6)
-    targets = torch.randint(0, 50, (n,))
-    losses = [loss(h, weight, targets) for loss in (ChunkedNextTokenLoss(), NextTokenLoss())]
+    targets, bias = torch.randint(0, 40, (n,)), torch.zeros(50)
+    bias[40:] = -torch.inf if suppressed else 0.5
+    losses = [loss(h, weight, targets, bias) for loss in (ChunkedNextTokenLoss(), NextTokenLoss())]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     gradients = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
     assert torch.allclose(*gradients, atol=1e-6)
@@ -341,7 +344,7 @@ def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(library, n, monkey
 def test_no_logits_of_more_than_a_chunk_exist(monkeypatch):
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 4)
     shapes = []
-    monkeypatch.setattr(kernels, "matmul", lambda x, w: shapes.append(len(x)) or matmul(x, w))
+    monkeypatch.setattr(kernels, "matmul", lambda x, *w: shapes.append(len(x)) or matmul(x, *w))
     targets = torch.zeros(10, dtype=torch.long)
     ChunkedNextTokenLoss()(torch.randn(10, 6), torch.randn(50, 6), targets)
     assert shapes == [4, 4, 2]
@@ -423,3 +426,27 @@ def test_prepacked_logits_in_bfloat16_round_only_what_tells_tokens_apart(gpt):
     assert -110 < exact.mean() < -90
     assert found.dtype == torch.float32
     assert (found - exact).abs().max() < 0.1 * (plain - exact).abs().max()
+
+
+@prepacks
+@pytest.mark.parametrize(
+    ("dtype", "when", "tolerance"),
+    [
+        (torch.float32, "before", 1e-4),
+        (torch.float32, "within", 1e-4),
+        (torch.bfloat16, "before", 1e-2),
+        (torch.bfloat16, "within", 1.0),  # the subtracted mean row is of all rows then
+    ],
+)
+def test_suppressed_ids_have_probability_0_in_prepacked_logits(gpt, dtype, when, tolerance):
+    padded, h = with_unused_rows(gpt), torch.randn(3, 32)
+    h[:, 0] = 10  # as the model's own
+    accelerate(gpt)
+    accelerate(padded)
+    if when == "within":
+        padded.suppress_tokens(())
+    with torch.no_grad(), prepacked(gpt, 3, dtype), prepacked(padded, 3, dtype):
+        padded.suppress_tokens(range(101, 128))
+        expected, found = gpt.hidden_state_to_token(h), padded.hidden_state_to_token(h)
+    assert (found[:, 101:] == -torch.inf).all()
+    assert torch.allclose(found[:, :101], expected, atol=tolerance)
