@@ -1,6 +1,7 @@
 """Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
 
 import contextlib
+import hashlib
 import json
 import math
 import pickle
@@ -41,6 +42,10 @@ CONV1D_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
 # Causal masks that old checkpoints carry, and the output embedding, which is tied to `wte`.
 IGNORED = re.compile(r"^(h\.\d+\.attn\.(masked_)?bias|lm_head\.weight)$")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+TOKENIZER_FILES = [
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+]
 
 
 def find_checkpoint(name_or_folder: str | Path) -> Path:
@@ -174,6 +179,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"{folder} does not fit its config.json: missing {_some(missing)}, "
             f"unexpected {_some(unexpected)}"
         )
+
+
+def fingerprint(folder: Path) -> str:
+    """The hex SHA-256 of what decides a base checkpoint's results, wherever the folder is."""
+    digest = hashlib.sha256(repr(load_config(folder)).encode())
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    for path in _weight_files(folder) + tokenizer:
+        with path.open("rb") as file:
+            digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def save_gpt2(model: nn.Module, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
