@@ -1,4 +1,4 @@
-"""Question-pair files: find the columns, check every row, say which were left out."""
+"""Question-pair files: find the columns, read every row, say which were left out or are odd."""
 
 import csv
 from collections.abc import Iterator
@@ -8,13 +8,22 @@ from pathlib import Path
 from data.text import LONGEST_LINE, read_lines
 from modules.settings import UserError
 
+COLUMNS = {  # column -> its names in the course's, Kaggle's and GLUE's files
+    "id": ("id", "test_id", "idx"),
+    "sentence1": ("sentence1", "question1"),
+    "sentence2": ("sentence2", "question2"),
+    "is_duplicate": ("is_duplicate", "label"),
+}
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
 LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
 
 
 @dataclass
 class Pairs:
-    """The usable rows of a question-pair file, and the lines left out, by reason."""
+    """The usable rows of a question-pair file, with the lines left out and those kept though odd.
+
+    Both are line numbers by reason.
+    """
 
     path: Path
     ids: list[str] = field(default_factory=list)
@@ -22,43 +31,62 @@ class Pairs:
     second: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)  # empty for a file without labels
     left_out: dict[str, list[int]] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    layout: str = ""  # how the columns were taken, where that is not as in the course's files
 
     def summary(self) -> str:
-        """One line: how many rows were read, how many left out, why and where."""
+        """One line: how many rows were read, from which columns, left out or odd, why and where."""
         text = f"{self.path}: {len(self.ids):,} pairs"
-        for reason, lines in self.left_out.items():
-            where = ", ".join(map(str, lines[:10]))
-            more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
-            text += f"; left out {len(lines)} with {reason} (line {where}{more})"
+        if self.layout:
+            text += f" from {self.layout}"
+        for what, reasons in (("left out", self.left_out), ("kept", self.kept)):
+            for reason, lines in reasons.items():
+                where = ", ".join(map(str, lines[:10]))
+                more = f" and {len(lines) - 10} more" if len(lines) > 10 else ""
+                text += f"; {what} {len(lines)} with {reason} (line {where}{more})"
         return text
 
 
-def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
-    """Read a tab-separated file: columns id, sentence1, sentence2 and, if labelled, is_duplicate.
+@dataclass(frozen=True)
+class Layout:
+    """How the header of a file says that its rows are written."""
 
-    `limit` keeps only the first so many usable rows. Raises UserError for an unusable file.
+    delimiter: str
+    quoted: bool  # otherwise a quote is a character and every line is a row
+    n_fields: int
+    columns: tuple[int, ...]  # where id, first and second question and, if labelled, label are
+    description: str
+
+
+def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
+    """Read a tab- or comma-separated file whose header names the columns as COLUMNS lists them.
+
+    Faulty rows are left out; of a file without labels only those without a readable id. `limit`
+    keeps only the first so many usable rows. Raises UserError for an unusable file.
     """
     path = Path(path)
     lines = read_lines(path)
     csv.field_size_limit(LONGEST_LINE)
-    header = [name.strip() for name in _parse(lines[0]) or []]
-    wanted = ["id", "sentence1", "sentence2"] + ["is_duplicate"] * labelled
-    missing = [name for name in wanted if name not in header]
-    if missing:
-        raise UserError(
-            f"{path} has no column {', '.join(missing)}: its first line must be a tab-separated "
-            f"header with {', '.join(wanted)}"
-        )
-    columns = [header.index(name) for name in wanted]
-    pairs = Pairs(path)
-    for line_number, row in _records(lines, len(header)):
+    layout = _layout(path, lines[0], labelled)
+    pairs, seen = Pairs(path, layout=layout.description), set()
+    for line_number, row, oddities in _records(lines, layout):
         if limit is not None and len(pairs.ids) == limit:
             break
-        values = [row[column].strip() for column in columns] if row else []
-        fault = _fault(values)
+        values = [row[i].strip() if i < len(row) else "" for i in layout.columns]
+        is_whole = len(row) == layout.n_fields
+        fault = _fault(values, is_whole, labelled)
         if fault:
             pairs.left_out.setdefault(fault, []).append(line_number)
             continue
+        if not is_whole:
+            oddities.append("a wrong number of fields")
+        if not (values[1] and values[2]):
+            oddities.append("an empty question")
+        if values[0] in seen:
+            oddities.append("the id of an earlier row")
+        for oddity in oddities:
+            pairs.kept.setdefault(oddity, []).append(line_number)
+        seen.add(values[0])
         pairs.ids.append(values[0])
         pairs.first.append(values[1])
         pairs.second.append(values[2])
@@ -68,43 +96,74 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
     return pairs
 
 
-def _parse(text: str) -> list[str] | None:
-    """The fields of one record, None where a quote stays open; no field where it is no record."""
-    try:
-        rows = list(csv.reader([text, "next"], delimiter="\t"))
-    except csv.Error:
-        return []
-    return rows[0] if len(rows) == 2 else None
+def _layout(path: Path, header: str, labelled: bool) -> Layout:
+    """The layout of a file with this first line; raises UserError unless each column is there once.
+
+    GLUE's files, which are tab-separated and have the columns question1 and question2, know no
+    quoting.
+    """
+    delimiter = "\t" if "\t" in header else ","
+    names = [name.strip().strip('"') for name in header.split(delimiter)]
+    wanted = list(COLUMNS)[: 4 if labelled else 3]
+    columns = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
+    allowed = "; ".join(" or ".join(COLUMNS[want]) for want in wanted)
+    for fault, count in (("no", 0), ("more than one", 2)):
+        bad = [want for want, found in columns.items() if min(len(found), 2) == count]
+        if bad:
+            raise UserError(
+                f"{path} has {fault} column {', '.join(bad)}: its first line must be a header, "
+                f"separated by tabs or commas, with {allowed}"
+            )
+    taken = tuple(found[0] for found in columns.values())
+    quoted = delimiter == "," or "question1" not in names
+    description = ""
+    if delimiter == "," or [names[i] for i in taken] != wanted:
+        separated = "comma-separated" if delimiter == "," else "tab-separated"
+        quoting = "" if quoted else ", a quote being a character"
+        description = f"{', '.join(names[i] for i in taken)} ({separated}{quoting})"
+    return Layout(delimiter, quoted, len(names), taken, description)
 
 
-def _records(lines: list[str], n_fields: int) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each record after the header; no fields for a faulty one.
+def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Line number, fields and oddities of each record after the header.
 
-    A quoted question may run over several lines, but a stray quote costs its own line only, not
-    all up to the next quote in the file.
+    A quoted question may run over several lines. Where the quotes are not those of CSV the line is
+    a record as it stands, so that a stray quote costs at most its own line.
     """
     i = 1
     while i < len(lines):
-        for length in range(1, LONGEST_RECORD + 1):
-            row = _parse("\n".join(lines[i : i + length]))
-            if row is not None:
-                break
-        if row is None or len(row) != n_fields or any("\t" in value for value in row):
-            row, length = [], 1
+        row, length, oddities = lines[i].split(layout.delimiter), 1, []
+        if layout.quoted and '"' in lines[i]:
+            record = (f"{line}\n" for line in lines[i : i + LONGEST_RECORD])
+            reader = csv.reader(record, delimiter=layout.delimiter, strict=True)
+            try:
+                fields = next(reader)
+            except csv.Error:
+                fields = []
+            if len(fields) == layout.n_fields and not any("\t" in value for value in fields):
+                row, length = fields, reader.line_num
+            else:
+                oddities = ["quotes that are not those of CSV"]
         if lines[i].strip():
-            yield i + 1, row
+            yield i + 1, row, oddities
         i += length
 
 
-def _fault(values: list[str]) -> str | None:
-    if not values:
+def _fault(values: list[str], is_whole: bool, labelled: bool) -> str | None:
+    """Why a row is left out, if it is; one is whole if it has as many fields as the header.
+
+    Without labels one that is not whole is kept if it begins like a row, not like the rest of one.
+    """
+    if not is_whole and (labelled or len(values[0].split()) != 1 or not any(values[1:])):
         return "a wrong number of fields"
-    if not (values[1] and values[2]):
+    if labelled and not (values[1] and values[2]):
         return "an empty question"
+    if not values[0]:
+        return "no id"
     if "\n" in values[0] or "\r" in values[0]:
         return "an id of several lines"
-    if len(values) == 4 and not values[3]:
+    if labelled and not values[3]:
         return "no label"
-    if len(values) == 4 and values[3] not in LABELS:
+    if labelled and values[3] not in LABELS:
         return "a label other than 0 and 1"
     return None

@@ -55,6 +55,97 @@ def test_quotes_line_ends_and_odd_ids_are_kept(tmp_path):
     ]
 
 
+PUBLIC = {  # format -> a file of three pairs, how its columns are taken
+    "Kaggle's train.csv": (
+        '"id","qid1","qid2","question1","question2","is_duplicate"\n'
+        '"0","1","2","What is ""it"", then?","B?","0"\n'
+        '"1","3","4","first line\nsecond line?","D, or E?","1"\n'
+        '"2","5","6","It costs 5"", doesn\'t it?","F?","1"\n',
+        "id, question1, question2, is_duplicate (comma-separated)",
+    ),
+    "pandas' CSV with an index": (
+        ",id,sentence1,sentence2,is_duplicate\n"
+        '7,0,"What is ""it"", then?",B?,0.0\n'
+        '8,1,"first line\nsecond line?","D, or E?",1.0\n'
+        '9,2,"It costs 5"", doesn\'t it?",F?,1.0\n',
+        "id, sentence1, sentence2, is_duplicate (comma-separated)",
+    ),
+    "GLUE's QQP as datasets writes it": (
+        "question1,question2,label,idx\n"
+        '"What is ""it"", then?",B?,0,0\n'
+        '"first line\nsecond line?","D, or E?",1,1\n'
+        '"It costs 5"", doesn\'t it?",F?,1,2\n',
+        "idx, question1, question2, label (comma-separated)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_formats_are_read_and_said(tmp_path, name):
+    text, columns = PUBLIC[name]
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    assert rows(pairs) == [
+        ("0", 'What is "it", then?', "B?", 0),
+        ("1", "first line\nsecond line?", "D, or E?", 1),
+        ("2", "It costs 5\", doesn't it?", "F?", 1),
+    ]
+    assert pairs.summary().endswith(f"pairs.csv: 3 pairs from {columns}")
+
+
+def test_a_quote_is_a_character_in_glues_qqp(tmp_path):
+    text = (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        '0\t1\t2\t"What is ""it""?"\tB?\t0\n'
+        '1\t3\t4\t"Half a question\n'  # line 3
+        '2\t5\t6\tIs it 5"?\t"What is it?\t1\n'
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    expected = [("0", '"What is ""it""?"', "B?", 0), ("2", 'Is it 5"?', '"What is it?', 1)]
+    assert rows(pairs) == expected
+    assert "is_duplicate (tab-separated, a quote being a character);" in pairs.summary()
+    assert pairs.left_out == {"a wrong number of fields": [3]}
+
+
+def test_kaggles_test_file_is_read(tmp_path):
+    text = '"test_id","question1","question2"\n0,"A, or\nB?","C?"\n1,"","D?"\n'
+    pairs = read_pairs(write(tmp_path, text), labelled=False)
+    assert (pairs.ids, pairs.first) == (["0", "1"], ["A, or\nB?", ""])
+    assert "2 pairs from test_id, question1, question2 (comma-separated); kept" in pairs.summary()
+
+
+def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
+    text = "\tid\tsentence1\tsentence2\n" + (
+        "0\ta\tOne?\tTwo?\n"
+        "1\tb\t\tTwo?\n"  # line 3
+        "2\tc\t\t\n"
+        "3\td\tOne?\n"  # line 5
+        "4\te\tOne?\tTwo?\tThree?\n"
+        '5\tf\t"One?\tTwo?\n'  # line 7
+        "6\ta\tOne?\tTwo?\n"
+        "the rest of a question?\n"  # line 9
+        "of\tanother question\tTwo?\n"
+        "7\t\tOne?\tTwo?\n"  # line 11
+    )
+    pairs = read_pairs(write(tmp_path, text), labelled=False)
+    assert pairs.ids == ["a", "b", "c", "d", "e", "f", "a"]
+    assert pairs.first == ["One?", "", "", "One?", "One?", '"One?', "One?"]
+    assert pairs.second == ["Two?", "Two?", "", "", "Two?", "Two?", "Two?"]
+    assert pairs.left_out == {"a wrong number of fields": [9, 10], "no id": [11]}
+    assert pairs.kept == {
+        "an empty question": [3, 4, 5],
+        "a wrong number of fields": [5, 6],
+        "quotes that are not those of CSV": [7],
+        "the id of an earlier row": [8],
+    }
+    assert "; kept 3 with an empty question (line 3, 4, 5); kept 2 with a wro" in pairs.summary()
+
+
+def test_equal_ids_are_reported_of_labelled_rows_too(tmp_path):
+    pairs = read_pairs(write(tmp_path, HEADER + 2 * "a\tOne?\tTwo?\t1\n"), labelled=True)
+    assert pairs.ids == ["a", "a"]
+    assert pairs.summary().endswith("2 pairs; kept 1 with the id of an earlier row (line 3)")
+
+
 def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
     text = HEADER + (
         "a\tOne?\tTwo?\t1.0\n"  # line 2
@@ -63,7 +154,7 @@ def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
         "d\tToo\tmany\tfields\t1.0\n"
         "e\t \tEmpty?\t1.0\n"
         "f\tOdd label?\tYes?\t0.5\n"
-        '"g\tA stray quote?\tIt costs one line?\t1.0\n'  # line 8
+        '"g\tA stray quote?\tIt costs one line?\n'  # line 8
         "h\tFive?\tSix?\t0.0\n"
         "i\tNo label?\tNone?\t  \n"
     )
@@ -96,7 +187,13 @@ def test_the_limit_counts_usable_rows(tmp_path):
     ("content", "sentence"),
     [
         (b"id\tsentence1\tis_duplicate\na\tb\t1\n", "no column sentence2"),
-        (b"id,sentence1,sentence2,is_duplicate\n", "no column id, sentence1, sentence2"),
+        (b"id,sentence1,sentence2,is_duplicate\n", "no usable row"),
+        (b"id;sentence1;sentence2;is_duplicate\n", "no column id, sentence1.*tabs or commas, with"),
+        (
+            b"id,sent0,sent1,is_duplicate\n",
+            "no column sentence1, .*with id .*sentence1 or question1",
+        ),
+        (b"id,question1,sentence1,question2,label\n", "more than one column sentence1: its first"),
         (b"", "no column id"),
         (HEADER.encode(), "no usable row"),
         (HEADER.encode() + b"a\tb\tc\t\n", r"no usable row.*left out 1 with no label \(line 2\)"),
