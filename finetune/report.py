@@ -1,0 +1,283 @@
+"""Reports of a run to look at: an HTML file that opens anywhere without a network, and a PNG."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from data.sonnets import GIVEN_LINES, Sonnet
+from datasets import ANSWERS
+from finetune.metrics import sonnet_form
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, BEST, GREY, BLUE, BROWN = "#333333", "#c62828", "#7d8590", "#1c6dd0", "#b35900"
+PAGE_COLORS = {  # in a page, which is light or dark
+    INK: "currentColor",
+    BEST: "var(--best)",
+    GREY: "var(--grey)",
+    BLUE: "var(--blue)",
+    BROWN: "var(--brown)",
+}
+CURVES = {  # name in the history -> label, color
+    "train_loss": ("training loss", GREY),
+    "val_loss": ("validation loss", BLUE),
+    "dev_loss": ("dev loss", BROWN),
+    "dev_accuracy": ("accuracy", BLUE),
+    "dev_macro_f1": ("macro F1", BROWN),
+    "dev_chrf": ("dev chrF", BROWN),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a report says of a task: the curves by panel, and the metric that decides."""
+
+    title: str
+    decisive: str
+    panels: dict[str, tuple[str, ...]]  # title -> names in the history
+
+
+TASKS = {
+    "paraphrase": Task(
+        title="Paraphrase detection",
+        decisive="dev_accuracy",
+        panels={
+            "loss, nats": ("train_loss", "dev_loss"),
+            "accuracy and macro F1": ("dev_accuracy", "dev_macro_f1"),
+        },
+    ),
+    "sonnet": Task(
+        title="Sonnet generation",
+        decisive="val_loss",
+        panels={
+            "loss, nats per token": ("train_loss", "val_loss", "dev_loss"),
+            "dev chrF": ("dev_chrf",),
+        },
+    ),
+}
+
+
+def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The page of a run with its dev pairs, in the order of `rows`.
+
+    A row has id, first, second, label, predicted ("no" or "yes") and the answer's probability.
+    """
+    columns = ("first", "second", "label", "predicted", "probability", "id")
+    pairs = [[row[column] for column in columns] for row in rows]
+    return _page(record, pairs=pairs, counts=confusion_counts(rows).tolist(), answers=ANSWERS)
+
+
+def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) -> str:
+    """The page of a run with its dev poems, each beside Shakespeare's of the same number."""
+    shown = [
+        {
+            "number": generated.number,
+            "given": generated.lines[:GIVEN_LINES],
+            "endings": [
+                (author, poem.lines[GIVEN_LINES:], sonnet_form([poem], sources=[]))
+                for author, poem in ((record["model"], generated), ("Shakespeare", gold))
+            ],
+        }
+        for generated, gold in poems
+    ]
+    return _page(record, poems=shown)
+
+
+def confusion_counts(rows: list[dict[str, Any]]) -> np.ndarray:
+    """[2,2]: pairs by label, then by answer, each no before yes."""
+    counts = Counter((row["label"], row["predicted"]) for row in rows)
+    return np.array([[counts[label, answer] for answer in ANSWERS] for label in ANSWERS])
+
+
+def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
+    """A PNG of losses and scores by epoch, 800 pixels wide, with the best epoch marked.
+
+    `counts` [2,2] are a confusion matrix as `confusion_counts` gives it.
+    """
+    flags, panels = record["arguments"], TASKS[record["task"]].panels
+    figure = new_figure(figsize=(8, 3.6), dpi=100)
+    axes = figure.subplots(1, len(panels) + (counts is not None))
+    for axis, title in zip(axes, panels, strict=False):
+        _draw_curves(axis, record, title)
+    if counts is not None:
+        _draw_confusion(axes[-1], counts)
+    title = f"{record['model']}, {_method(record)} of rank {record['adapter']['rank']}, "
+    title += f"learning rate {scientific(flags['lr'])}, seed {flags['seed']}"
+    figure.suptitle(title, fontsize=11, color=INK)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def new_figure(**options: Any) -> "Figure":
+    """A matplotlib figure without pyplot.
+
+    matplotlib cannot be imported where MPLBACKEND names a backend that is not installed, as in a
+    command started from a Jupyter cell; so it is imported without, and then told.
+    """
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure(**options, layout="constrained")
+
+
+def scientific(value: float) -> str:
+    """A learning rate as people write it: 1e-4, 1.5e-4."""
+    return np.format_float_scientific(value, trim="-", exp_digits=1)
+
+
+def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of the epoch whose adapter was kept."""
+    return [epoch for epoch in history if epoch["is_best"]][-1]
+
+
+def settings_in_words(record: dict[str, Any]) -> list[str]:
+    """Sentences that say what was trained, how, on which files, and at what cost."""
+    adapter = f"{_method(record)} of {_adapter_in_words(record['adapter'])} of {record['model']}."
+    if "train_seconds" not in record:
+        return [adapter, "The adapter was imported, not trained here."]
+    flags, memory = record["arguments"], record["peak_memory_mb"]
+    epochs, processes = len(record["history"]), record["processes"]
+    data = Path(flags["para_train" if record["task"] == "paraphrase" else "sonnet_path"]).name
+    if flags["limit_train"]:
+        data = f"the first {flags['limit_train']:,} examples of {data}"
+    return [
+        adapter,
+        f"Trained on {data}: {epochs} epoch{'s' * (epochs > 1)}, batch size {flags['batch_size']}, "
+        f"learning rate {scientific(flags['lr'])} ({flags['lr_schedule']}, "
+        f"{flags['warmup_ratio']:.0%} warm-up), weight decay {flags['weight_decay']:g}, "
+        f"seed {flags['seed']}.",
+        f"{record['trainable_parameters']:,} trainable parameters of "
+        f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on {record['device']}"
+        f"{f' in {processes} processes' if processes > 1 else ''}, {memory:,.0f} MB at most.",
+    ]
+
+
+def _adapter_in_words(adapter: dict[str, Any]) -> str:
+    size = f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}"
+    blocks = "every block"
+    if adapter["layers"] is not None:
+        blocks = f"blocks {_listed(adapter['layers'])}"
+    if "targets" in adapter:
+        return f"{size} on {_listed(adapter['targets'])} in {blocks}"
+    positions = adapter["positions"]
+    where = "all positions" if positions == "all" else f"the prompt's positions {positions}"
+    return (
+        f"{size}, activation {adapter['activation']}, at {where} after "
+        f"{_listed(adapter['locations'])} in {blocks}"
+    )
+
+
+def _listed(items: Sequence[Any]) -> str:
+    """a, b and c."""
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _method(record: dict[str, Any]) -> str:
+    kind = record["adapter"].get("type")
+    return f"ReFT ({kind})" if kind else "LoRA"
+
+
+def _page(record: dict[str, Any], **parts: Any) -> str:
+    """Fill the template of the record's task."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    task, history, best = TASKS[record["task"]], record["history"], best_epoch(record["history"])
+    was_trained = "train_loss" in best
+    return environment.get_template(f"report_{record['task']}.html.jinja").render(
+        run=record,
+        task=task,
+        method=_method(record),
+        settings=settings_in_words(record),
+        best=best,
+        when=f"at epoch {best['epoch']} of {len(history)}" if was_trained else "imported",
+        charts=[_inline_svg(record, title) for title in task.panels] if was_trained else [],
+        labels={name: label for name, (label, _) in CURVES.items()},
+        **parts,
+    )
+
+
+def _inline_svg(record: dict[str, Any], title: str) -> Markup:
+    """A panel as an `<svg>` element in the page's own colors and font."""
+    figure = new_figure(figsize=(4.6, 3.2))
+    _draw_curves(figure.subplots(), record, title)
+    from matplotlib import rc_context
+
+    drawn = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=no_metadata)
+    svg = drawn.getvalue()
+    svg = re.sub(r' (xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg[svg.index("<svg") :])
+    names = ", ".join(CURVES[name][0] for name in TASKS[record["task"]].panels[title])
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{names} by epoch"', 1)
+    for color, page_color in PAGE_COLORS.items():
+        svg = svg.replace(color, page_color)
+    return Markup(svg)
+
+
+def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
+    history, task = record["history"], TASKS[record["task"]]
+    epochs, best = [epoch["epoch"] for epoch in history], best_epoch(history)
+    for name in task.panels[title]:
+        label, color = CURVES[name]
+        values = [epoch[name] for epoch in history]
+        axis.plot(epochs, values, "o-", ms=4, color=color, label=label)
+    axis.axvline(best["epoch"], color=BEST, lw=1, ls=":", zorder=0)
+    if task.decisive in task.panels[title]:
+        value = best[task.decisive]
+        axis.plot(best["epoch"], value, "*", ms=13, color=BEST, label=f"best: {value:.4g}")
+    axis.set_title(title, fontsize=10, color=INK)
+    axis.set_xlabel("epoch", fontsize=9, color=INK)
+    axis.set_xlim(0.6, epochs[-1] + 0.4)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.tick_params(labelsize=9, color=INK, labelcolor=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["bottom", "left"]].set_color(INK)
+    axis.grid(alpha=0.2, color=INK)
+    axis.legend(
+        loc="upper center",  # below the axis, where no curve is
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+    )
+
+
+def _draw_confusion(axis: "Axes", counts: np.ndarray) -> None:
+    axis.imshow(counts, cmap="Blues", vmin=0, vmax=counts.max() * 1.4)
+    for label, predicted in np.ndindex(2, 2):
+        n, share = counts[label, predicted], counts[label, predicted] / max(1, counts[label].sum())
+        color = "white" if n > 0.7 * counts.max() else INK
+        text = f"{n:,}\n{share:.0%}"
+        axis.text(predicted, label, text, ha="center", va="center", fontsize=11, color=color)
+    axis.set_title("dev pairs", fontsize=10, color=INK)
+    axis.set_xticks([0, 1], ANSWERS, fontsize=9)
+    axis.set_yticks([0, 1], ANSWERS, fontsize=9)
+    axis.set_xlabel("predicted paraphrase", fontsize=9)
+    axis.set_ylabel("paraphrase", fontsize=9)
