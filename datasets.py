@@ -51,30 +51,35 @@ def _normalize(text: str) -> str:
     return " ".join(text.split())
 
 
+def encode(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+    """Token ids of each text and nothing else, without the special tokens of a whole input."""
+    backend = tokenizer.backend_tokenizer
+    return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
 def answer_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
-    """The token ids of "no" and "yes"; raises UserError where the vocabulary splits one of them."""
-    ids = [tokenizer.backend_tokenizer.encode(answer).ids for answer in ANSWERS]
-    for answer, tokens in zip(ANSWERS, ids, strict=True):
-        if len(tokens) != 1:
-            raise UserError(
-                f'the tokenizer makes {len(tokens)} tokens of "{answer}", the cloze needs one'
-            )
-    return ids[0][0], ids[1][0]
+    """The ids of "no" and "yes" as they follow other text: a tokenizer may put a blank before its
+    first word. Raises UserError where the vocabulary splits one of them.
+    """
+    rows = encode([f"\n{answer}" for answer in ANSWERS], tokenizer)
+    for answer, row in zip(ANSWERS, rows, strict=True):
+        if tokenizer.convert_ids_to_tokens(row[-1]) != answer:
+            raise UserError(f'the tokenizer has no single token for "{answer}": the cloze needs it')
+    return rows[0][-1], rows[1][-1]
 
 
 def tokenize_pairs(
     pairs: Pairs, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> TokenizedPairs:
     """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
-    encode = tokenizer.backend_tokenizer.encode_batch_fast
     tokens, lengths, shortened = array("i"), [], 0
     for start in range(0, len(pairs.ids), 1024):  # bounds the encoder's own objects to some MB
         part = slice(start, start + 1024)
         questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
-        rows = [encoding.ids for encoding in encode([make_prompt(*pair) for pair in questions])]
+        rows = encode([make_prompt(*pair) for pair in questions], tokenizer)
         for i, ids in enumerate(rows):
             if len(ids) > max_length:
-                rows[i] = _shorten(*questions[i], encode, max_length)
+                rows[i] = _shorten(*questions[i], tokenizer, max_length)
                 shortened += 1
         tokens.extend(chain.from_iterable(rows))
         lengths += map(len, rows)
@@ -89,12 +94,14 @@ def tokenize_pairs(
     )
 
 
-def _shorten(first: str, second: str, encode, max_length: int) -> list[int]:
+def _shorten(
+    first: str, second: str, tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> list[int]:
     """Ids of the longest prompt that fits, the longer question cut first, then both."""
     questions = (_normalize(first), _normalize(second))
 
     def ids(size: int) -> list[int]:
-        return encode([PROMPT.format(*(text[:size] for text in questions))])[0].ids
+        return encode([PROMPT.format(*(text[:size] for text in questions))], tokenizer)[0]
 
     fits, too_long = 0, max(map(len, questions))
     if len(ids(fits)) > max_length:
@@ -241,13 +248,11 @@ def tokenize_sonnets(
     sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> list[TokenizedSonnet]:
     """Tokenize whole poems; one too long for the model loses its end."""
-    encode, end = tokenizer.backend_tokenizer.encode, tokenizer.eos_token_id
+    poems = encode(["\n".join(sonnet.lines) for sonnet in sonnets], tokenizer)
+    prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
     return [
-        TokenizedSonnet(
-            [*encode("\n".join(sonnet.lines)).ids, end][: max_length + 1],
-            len(encode(sonnet.prompt).ids),
-        )
-        for sonnet in sonnets
+        TokenizedSonnet([*poem, tokenizer.eos_token_id][: max_length + 1], len(prompt))
+        for poem, prompt in zip(poems, prompts, strict=True)
     ]
 
 
@@ -255,12 +260,11 @@ def tokenize_prompts(
     sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> list[list[int]]:
     """Token ids of each poem's given lines; raises UserError where they fill the model."""
-    prompts = []
-    for sonnet in sonnets:
-        prompts.append(tokenizer.backend_tokenizer.encode(sonnet.prompt).ids)
-        if len(prompts[-1]) >= max_length:
+    prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
+    for sonnet, prompt in zip(sonnets, prompts, strict=True):
+        if len(prompt) >= max_length:
             raise UserError(
-                f"the given lines of sonnet {sonnet.number} are {len(prompts[-1])} tokens, the "
+                f"the given lines of sonnet {sonnet.number} are {len(prompt)} tokens, the "
                 f"model has {max_length} positions and needs some to continue"
             )
     return prompts

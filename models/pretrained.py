@@ -1,6 +1,5 @@
 """Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -8,21 +7,20 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.config import SIZES, GPT2Config
+from models.config import SIZES, GPT2Config, first_line, read_config, read_json
+from models.tokenizer import TOKENIZER_FILES, has_tokenizer
+from models.tokenizer import load_tokenizer as load_tokenizer
 from modules.adapters import is_adapter
 from modules.settings import UserError
-
-if TYPE_CHECKING:
-    from transformers import GPT2TokenizerFast
 
 BUNDLED = Path(__file__).resolve().parent / "gpt2-nano"
 
@@ -41,11 +39,10 @@ HF_NAMES = {  # ours -> Hugging Face's, within a layer and outside
 CONV1D_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
 # Causal masks that old checkpoints carry, and the output embedding, which is tied to `wte`.
 IGNORED = re.compile(r"^(h\.\d+\.attn\.(masked_)?bias|lm_head\.weight)$")
+# Of GPT2ForSequenceClassification, ...ForTokenClassification, ...ForQuestionAnswering,
+# ...DoubleHeadsModel, and of TRL's models with a value head.
+TASK_HEAD = re.compile(r"^(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-TOKENIZER_FILES = [
-    *("tokenizer.json", "vocab.json", "merges.txt"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-]
 
 
 def find_checkpoint(name_or_folder: str | Path) -> Path:
@@ -54,30 +51,44 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
     All but the bundled size come from the Hugging Face cache, else from the hub. Raises
     UserError if there is no such folder or size, or the hub does not answer.
     """
-    if name_or_folder == "gpt2-nano":
+    name = str(name_or_folder)
+    if name == "gpt2-nano":
         return BUNDLED
-    if name_or_folder in SIZES:
-        return _find_on_hub(str(name_or_folder))
-    if not Path(name_or_folder).is_dir():
-        raise UserError(
-            f"{name_or_folder} is neither a folder nor one of the models {', '.join(SIZES)}"
-        )
-    return Path(name_or_folder)
+    if name in SIZES:
+        return _find_in_cache(name) or _fetch(name)
+    if Path(name).is_dir():
+        return Path(name)
+    sentence = f"{name} is neither a folder nor one of the models {', '.join(SIZES)}"
+    if name.removeprefix("openai-community/") in SIZES:
+        sentence += f": write --model_size {name.removeprefix('openai-community/')}"
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        sentence += f"; for a model of the hub, run `hf download {name} --local-dir FOLDER` "
+        sentence += "and write --model_path FOLDER"
+    raise UserError(sentence)
 
 
-def _find_on_hub(name: str) -> Path:
+def _find_in_cache(name: str) -> Path | None:
+    """The complete snapshot of a size in the Hugging Face cache, under either of its names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository in (name, f"openai-community/{name}"):
+        config = try_to_load_from_cache(repository, "config.json")
+        if isinstance(config, str):
+            folder = Path(config).parent
+            weights = _weight_files(folder)
+            if weights and all(path.exists() for path in weights) and has_tokenizer(folder):
+                return folder
+    return None
+
+
+def _fetch(name: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils import httpx
 
-    with contextlib.suppress(OSError):
-        files = [hf_hub_download(name, file, local_files_only=True) for file in HUB_FILES]
-        return Path(files[0]).parent
     try:
         # Fails within seconds without a network, where a download retries for half a minute.
         HfApi().model_info(name, timeout=5)
-        files = [hf_hub_download(name, file) for file in HUB_FILES]
-        return Path(files[0]).parent
-    except (OSError, httpx.HTTPError) as error:
+        return Path([hf_hub_download(name, file) for file in HUB_FILES][0]).parent
+    except Exception as error:  # a proxy or an address that cannot be used raises any of them
         raise UserError(
             f"{name} is not in the Hugging Face cache and could not be fetched from the hub "
             f"({type(error).__name__}: {first_line(error)}): pass --model_path FOLDER with a GPT-2 "
@@ -85,76 +96,19 @@ def _find_on_hub(name: str) -> Path:
         ) from error
 
 
-def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "GPT2TokenizerFast":
-    """The byte-level BPE tokenizer of a checkpoint folder.
-
-    Raises UserError for what is none, or not one for embeddings of `vocab_size` tokens.
-    """
-    from transformers import GPT2TokenizerFast
-
-    if not (folder / "tokenizer.json").exists():
-        for file in ("vocab.json", "merges.txt"):
-            if not (folder / file).exists():
-                raise UserError(f"{folder} has no tokenizer: {file} is missing")
-    try:
-        tokenizer = GPT2TokenizerFast.from_pretrained(folder)
-        if "Ċ" not in tokenizer.get_vocab():
-            raise ValueError("it is no byte-level BPE")
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
-    if vocab_size and not vocab_size / 2 <= len(tokenizer) <= vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
-            f"{vocab_size:,}: they do not belong together"
-        )
-    return tokenizer
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {first_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
-
-
 def load_config(folder: Path) -> GPT2Config:
     """Read `config.json`; raises UserError for what this GPT-2 does not compute."""
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no GPT-2 checkpoint: it has no config.json")
-    given = read_json(path)
-    for field in fields(GPT2Config):
-        value = given.get(field.name, field.default)
-        if isinstance(field.default, int):
-            fits, allowed = type(value) is int and value > 0, "a whole number of 1 or more"
-        else:
-            fits = type(value) in (int, float) and 0 <= value < 1
-            allowed = "a number of 0 or more below 1"
-        if not fits:
-            raise UserError(f"{path}: {field.name} is {value!r:.40}, it must be {allowed}")
-    required = {
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * given.get("n_embd", GPT2Config.n_embd)),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "tie_word_embeddings": (True,),
-    }
-    for key, allowed in required.items():
-        if given.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key} is {given[key]!r}, this GPT-2 has {allowed[0]!r}")
-    config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
-    if config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
+    config, weights = read_config(path), _weight_files(folder)
+    if not weights:
+        raise UserError(
+            f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
+        )
     layer = 12 * config.n_embd**2  # its matrices only
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
-    size = sum(file.stat().st_size for file in _weight_files(folder) if file.exists())
+    size = sum(file.stat().st_size for file in weights if file.exists())
     if least > max(size, 10**8):  # before memory is asked for that there may not be
         raise UserError(
             f"{path} makes a model of over {least:,} parameters, its weights have {size:,} bytes"
@@ -163,15 +117,20 @@ def load_config(folder: Path) -> GPT2Config:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a GPT2Model on the meta device its weights in float32, every name and shape checked."""
+    """Give a GPT2Model on the meta device its weights in float32, every name and shape checked.
+
+    Prints the names of a task head that it leaves out.
+    """
     model.to_empty(device="cpu")
     missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
-    unexpected = []
+    unexpected, task_head = [], []
     for path in _weight_files(folder):
         for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
             if name in missing:
-                _place(missing.pop(name), tensor, f"{path}: {stored_name}", name)
+                _copy(tensor, missing.pop(name), f"{path}: {stored_name}", name)
+            elif TASK_HEAD.match(name):
+                task_head.append(stored_name)
             elif not IGNORED.match(name):
                 unexpected.append(stored_name)
     if missing or unexpected:
@@ -179,6 +138,29 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             f"{folder} does not fit its config.json: missing {_some(missing)}, "
             f"unexpected {_some(unexpected)}"
         )
+    if task_head:
+        print(f"{folder}: left out the task head, {_some(task_head)}")
+
+
+def _copy(tensor: Any, parameter: Tensor, where: str, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{where} is not a tensor")
+    if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
+        tensor = tensor.T
+    if tensor.shape != parameter.shape or not tensor.is_floating_point():
+        raise UserError(
+            f"{where} is {tensor.dtype} {list(tensor.shape)}, by config.json it "
+            f"must be a float of {list(parameter.shape)}"
+        )
+    parameter.data.copy_(tensor)
+    if not parameter.sum().isfinite():
+        raise UserError(f"{where} has values that are not finite")
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"
 
 
 def fingerprint(folder: Path) -> str:
@@ -240,9 +222,7 @@ def _weight_files(folder: Path) -> list[Path]:
             if any(Path(shard).name != shard for shard in shards):
                 raise UserError(f"{index}: weight_map must name files in its own folder")
             return [folder / shard for shard in sorted(shards)]
-    raise UserError(
-        f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
-    )
+    return []
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -254,8 +234,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in sorted(sizes, key=sizes.get, reverse=True):
                 # Opened anew for each tensor: a closed file gives its mapped pages back.
                 with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name).clone()
-                yield name, tensor
+                    yield name, file.get_tensor(name)
         else:
             state = read_plain(path)
             if not isinstance(state, dict):
@@ -283,29 +262,3 @@ def read_plain(path: Path) -> Any:
         else:
             reason = f"is damaged or was not written by torch.save ({first_line(error)})"
         raise UserError(f"{path} {reason}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _place(parameter: Tensor, tensor: Any, where: str, name: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{where} is not a tensor")
-    if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
-        tensor = tensor.T
-    if tensor.shape != parameter.shape or not tensor.is_floating_point():
-        raise UserError(
-            f"{where} is {tensor.dtype} {list(tensor.shape)}, by config.json it "
-            f"must be a float of {list(parameter.shape)}"
-        )
-    if not tensor.sum(dtype=torch.float32).isfinite():  # takes no memory to speak of
-        raise UserError(f"{where} has values that are not finite")
-    parameter.data = tensor.to(torch.float32).contiguous()
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "none"

@@ -1,0 +1,127 @@
+"""The byte-level BPE tokenizer of a checkpoint, with the ids that `transformers` gives a text."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.config import first_line, read_json
+from modules.settings import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZER_FILES = [
+    *("tokenizer.json", "vocab.json", "merges.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+]
+
+
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
+    """The tokenizer that `AutoTokenizer` makes of a checkpoint folder, for whole texts.
+
+    Its `backend_tokenizer` never truncates or pads, and decoding drops the blank that the
+    tokenizer puts before a text. Raises UserError for what is no byte-level BPE, or not one for
+    embeddings of `vocab_size` tokens.
+    """
+    if not has_tokenizer(folder):
+        missing = "merges.txt" if (folder / "vocab.json").exists() else "vocab.json"
+        raise UserError(f"{folder} has no tokenizer: {missing} is missing")
+    try:
+        tokenizer = _read(folder)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
+    if vocab_size:
+        tokenizer = _fit(tokenizer, folder, vocab_size)
+    return _with_end_of_text(tokenizer, folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a folder has the files of a byte-level BPE."""
+    alternatives = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    return any(all((folder / name).exists() for name in names) for names in alternatives)
+
+
+def unused_ids(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> list[int]:
+    """The rows of embeddings for `vocab_size` tokens that no text ends up in.
+
+    Those are rows without a token, and that of a padding token added to the vocabulary.
+    """
+    used = set(tokenizer.get_vocab().values())
+    named = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    used -= {tokenizer.pad_token_id} - named - set(own)
+    return sorted(set(range(vocab_size)) - used)
+
+
+def _read(folder: Path) -> "PreTrainedTokenizerFast":
+    from tokenizers import decoders
+    from tokenizers.models import BPE
+    from transformers import AutoTokenizer, GPT2Config
+
+    about = folder / "tokenizer_config.json"
+    if about.exists() and "auto_map" in read_json(about):
+        raise UserError(f"{about} names code of its own (auto_map), which is never run")
+    config = None if (folder / "config.json").exists() else GPT2Config()
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+    if backend is None or not isinstance(backend.model, BPE):
+        raise ValueError("it is no byte-level BPE")
+    backend.no_truncation()
+    backend.no_padding()
+    backend.model.dropout = None  # which would make the ids random
+    if "Ċ" not in "".join(backend.encode("a\na", add_special_tokens=False).tokens):
+        raise ValueError("it is no byte-level BPE that keeps the ends of lines")
+    backend.decoder = decoders.ByteLevel()
+    if backend.decode(backend.encode("a", add_special_tokens=False).ids) == " a":
+        without_blank = decoders.Strip(" ", left=1, right=0)
+        backend.decoder = decoders.Sequence([backend.decoder, without_blank])
+    return tokenizer
+
+
+def _fit(
+    tokenizer: "PreTrainedTokenizerFast", folder: Path, vocab_size: int
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer without added tokens that the model has no embedding for.
+
+    If a text has such a token, it is read like any other text.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend_tokenizer
+    n_tokens = max(backend.get_vocab(with_added_tokens=False).values()) + 1
+    if n_tokens > vocab_size or len(tokenizer) < vocab_size / 2:
+        raise UserError(
+            f"{folder}: the tokenizer has {n_tokens:,} tokens, the model embeddings for "
+            f"{vocab_size:,}: they do not belong together"
+        )
+    if max(tokenizer.get_vocab().values()) < vocab_size:
+        return tokenizer
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+    fitting = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        split_special_tokens=tokenizer.split_special_tokens,
+    )
+    if tokenizer.eos_token in fitting.get_vocab():
+        fitting.eos_token = tokenizer.eos_token
+    return fitting
+
+
+def _with_end_of_text(
+    tokenizer: "PreTrainedTokenizerFast", folder: Path
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer with `eos_token`, by config.json if the tokenizer's own files name none."""
+    config = folder / "config.json"
+    if tokenizer.eos_token_id is None and config.exists():
+        end = read_json(config).get("eos_token_id")
+        names = [name for name, token in tokenizer.get_vocab().items() if token == end]
+        tokenizer.eos_token = names[0] if names else None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer in {folder} has no end-of-text token: name it as eos_token in "
+            "tokenizer_config.json"
+        )
+    return tokenizer
