@@ -107,10 +107,11 @@ def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
 
     `counts` [2,2] are a confusion matrix as `confusion_counts` gives it.
     """
-    flags, panels = record["arguments"], TASKS[record["task"]].panels
+    flags, titles = record["arguments"], _panel_titles(record)
     figure = new_figure(figsize=(8, 3.6), dpi=100)
-    axes = figure.subplots(1, len(panels) + (counts is not None))
-    for axis, title in zip(axes, panels, strict=False):
+    n = len(titles) + (counts is not None)
+    axes = [figure.add_subplot(1, n, i + 1) for i in range(n)]
+    for axis, title in zip(axes, titles, strict=False):
         _draw_curves(axis, record, title)
     if counts is not None:
         _draw_confusion(axes[-1], counts)
@@ -149,25 +150,38 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     return [epoch for epoch in history if epoch["is_best"]][-1]
 
 
+def _panel_titles(record: dict[str, Any]) -> list[str]:
+    """The titles of the panels of curves; an imported adapter has none."""
+    was_trained = "train_loss" in best_epoch(record["history"])
+    return list(TASKS[record["task"]].panels) if was_trained else []
+
+
 def settings_in_words(record: dict[str, Any]) -> list[str]:
     """Sentences that say what was trained, how, on which files, and at what cost."""
     adapter = f"{_method(record)} of {_adapter_in_words(record['adapter'])} of {record['model']}."
-    if "train_seconds" not in record:
-        return [adapter, "The adapter was imported, not trained here."]
-    flags, memory = record["arguments"], record["peak_memory_mb"]
-    epochs, processes = len(record["history"]), record["processes"]
+    if not _panel_titles(record):
+        return [adapter, "It was imported, not trained here."]
+    flags, n_epochs = record["arguments"], record["arguments"]["epochs"]
     data = Path(flags["para_train" if record["task"] == "paraphrase" else "sonnet_path"]).name
     if flags["limit_train"]:
         data = f"the first {flags['limit_train']:,} examples of {data}"
-    return [
-        adapter,
-        f"Trained on {data}: {epochs} epoch{'s' * (epochs > 1)}, batch size {flags['batch_size']}, "
+    training = (
+        f"Trained on {data}: {n_epochs} epoch{'s' * (n_epochs > 1)}, "
+        f"batch size {flags['batch_size']}, "
         f"learning rate {scientific(flags['lr'])} ({flags['lr_schedule']}, "
         f"{flags['warmup_ratio']:.0%} warm-up), weight decay {flags['weight_decay']:g}, "
-        f"seed {flags['seed']}.",
+        f"seed {flags['seed']}."
+    )
+    if "train_seconds" not in record:
+        return [adapter, training, "The training is unfinished; this is its best epoch so far."]
+    n_run, processes = len(record["history"]), record["processes"]
+    return [
+        adapter,
+        training + f" It stopped early, after epoch {n_run}." * (n_run < n_epochs),
         f"{record['trainable_parameters']:,} trainable parameters of "
         f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on {record['device']}"
-        f"{f' in {processes} processes' if processes > 1 else ''}, {memory:,.0f} MB at most.",
+        f"{f' in {processes} processes' if processes > 1 else ''}, "
+        f"{record['peak_memory_mb']:,.0f} MB at most.",
     ]
 
 
@@ -206,16 +220,16 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    task, history, best = TASKS[record["task"]], record["history"], best_epoch(record["history"])
-    was_trained = "train_loss" in best
+    best, titles = best_epoch(record["history"]), _panel_titles(record)
+    when = f"at epoch {best['epoch']} of {record['arguments']['epochs']}" if titles else "imported"
     return environment.get_template(f"report_{record['task']}.html.jinja").render(
         run=record,
-        task=task,
+        task=TASKS[record["task"]],
         method=_method(record),
         settings=settings_in_words(record),
         best=best,
-        when=f"at epoch {best['epoch']} of {len(history)}" if was_trained else "imported",
-        charts=[_inline_svg(record, title) for title in task.panels] if was_trained else [],
+        when=when,
+        charts=[_inline_svg(record, title) for title in titles],
         labels={name: label for name, (label, _) in CURVES.items()},
         **parts,
     )
