@@ -1,10 +1,12 @@
 """LoRA in the formats of others: PEFT adapters in and out, merged Hugging Face checkpoints out."""
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +15,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.files import new_folder
+from models.config import read_json
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, HF_NAMES, read_json, read_tensors, save_gpt2
+from models.pretrained import BUNDLED, HF_NAMES, read_tensors, save_gpt2
 from modules.adapters import adapter_state, load_adapter_state
-from modules.lora import FUSED, LoRAConfig, LoRALinear, add_lora, merge_lora
+from modules.lora import FUSED, TARGETS, LoRAConfig, LoRALinear, add_lora, merge_lora
 from modules.settings import UserError
 
 if TYPE_CHECKING:
-    from transformers import GPT2TokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-QKV = "self_attention.qkv"
-TARGETS_OF = {  # layer of a block -> its targets, in the order of its rows
-    QKV: FUSED,
-    "attention_dense": ("attention_dense",),
-    "interm_dense": ("interm_dense",),
-    "out_dense": ("out_dense",),
+TARGETS_OF = {  # layer of a Hugging Face block -> its targets here, in the order of its rows
+    "attn.c_attn": FUSED,
+    "attn.c_proj": ("attention_dense",),
+    "mlp.c_fc": ("interm_dense",),
+    "mlp.c_proj": ("out_dense",),
 }
-KEY = re.compile(r"base_model\.model\.(?:transformer\.)?h\.(\d+)\.(.+)\.lora_([AB])\.weight")
-REFUSED = {  # key of adapter_config.json -> values that change nothing, and what others mean
-    "peft_type": (("LORA",), "another method than LoRA"),
-    "use_dora": ((False,), "DoRA"),
-    "use_qalora": ((False,), "QALoRA"),
-    "use_bdlora": ((None,), "block-diagonal LoRA"),
-    "bias": (("none",), "trained biases"),
-    "lora_bias": ((False,), "biases of its own"),
-    "modules_to_save": ((None, []), "whole layers that were trained and saved"),
-    "trainable_token_indices": ((None, [], {}), "trained embeddings"),
-    "target_parameters": ((None, []), "adapters of single parameters"),
-    "layer_replication": ((None, []), "replicated layers"),
-    "alora_invocation_tokens": ((None, []), "activated LoRA"),
-    "arrow_config": ((None,), "Arrow routing"),
-    "kasa_config": ((None,), "KaSA"),
-    "monteclora_config": ((None,), "MonteCLoRA"),
-    "init_lora_weights": ((True, False, "gaussian", "eva", "orthogonal"), "changed base weights"),
+KEY = re.compile(  # the adapted module, its block, its layer in it, A or B
+    r"base_model\.model\.((?:transformer\.)?h\.(\d{1,4})\."
+    rf"({'|'.join(map(re.escape, TARGETS_OF))}))\.lora_([AB])(?:\.default)?\.weight"
+)
+PLAIN = {  # key of adapter_config.json -> its values in plain LoRA
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),  # others change the base
 }
+# Keys that are read, or that the effect of given tensors does not depend on.
+ANY_VALUE = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,31 +66,24 @@ def export_peft(gpt: GPT2Model, config: LoRAConfig, base: str | Path, folder: Pa
     The adapters of query, key and value become one of `c_attn`, of two or three times the rank:
     their A one below the other, their B on the diagonal.
     """
-    tensors, modules = {}, {}
-    for i, layer in enumerate(gpt.gpt_layers):
-        for name, module in layer.named_modules():
-            if isinstance(module, LoRALinear):
-                key = f"base_model.model.transformer.h.{i}.{HF_NAMES[name]}"
-                A, B = module.lora_A.detach(), module.block_B().detach()
-                tensors[f"{key}.lora_A.weight"] = A.cpu().contiguous()
-                tensors[f"{key}.lora_B.weight"] = B.cpu().contiguous()
-                modules[HF_NAMES[name]] = sum(module.parts)
-    wider = {name: n for name, n in modules.items() if n > 1}
+    tensors, parts = {}, {}
+    for layer, name, module in _lora_layers(gpt):
+        key = f"base_model.model.transformer.h.{layer}.{name}"
+        tensors[f"{key}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = module.block_B().detach().cpu().contiguous()
+        parts[name] = sum(module.parts)
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(BUNDLED if base == "gpt2-nano" else base),
-        "target_modules": list(modules),
-        "layers_to_transform": None if config.layers is None else list(config.layers),
-        "layers_pattern": None if config.layers is None else "h",
+        "target_modules": list(parts),
+        "layers_to_transform": config.layers,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "rank_pattern": {name: n * config.rank for name, n in wider.items()},
-        "alpha_pattern": {name: n * config.alpha for name, n in wider.items()},
+        "rank_pattern": {name: n * config.rank for name, n in parts.items()},
+        "alpha_pattern": {name: n * config.alpha for name, n in parts.items()},
         "lora_dropout": config.dropout,
         "fan_in_fan_out": True,
-        "bias": "none",
-        "inference_mode": True,
     }
     with new_folder(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -100,7 +94,7 @@ def export_merged(
     gpt: GPT2Model,
     config: LoRAConfig,
     base: str | Path,
-    tokenizer: "GPT2TokenizerFast",
+    tokenizer: "PreTrainedTokenizerFast",
     folder: Path,
 ) -> None:
     """Write base and LoRA as one Hugging Face checkpoint in float32, with the tokenizer.
@@ -120,7 +114,7 @@ def write_exports(
     gpt: GPT2Model,
     config: LoRAConfig,
     base: str | Path,
-    tokenizer: "GPT2TokenizerFast",
+    tokenizer: "PreTrainedTokenizerFast",
     peft_folder: Path | None,
     merged_folder: Path | None,
 ) -> dict[str, Path]:
@@ -135,6 +129,7 @@ def write_exports(
     return written
 
 
+@torch.no_grad()
 def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> LoRAConfig:
     """Put LoRA into a loaded GPT-2, fresh, or with the weights of a PEFT adapter.
 
@@ -144,128 +139,119 @@ def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> 
     if peft_folder is None:
         add_lora(gpt, config)
         return config
-    parts = dict(_parts(gpt, read_peft(peft_folder)))
-    first = next(iter(parts.values()))
-    rank = max(part.A.shape[0] for part in parts.values())
-    layers = tuple(sorted({layer for layer, _, _ in parts}))
-    targets = {target for _, _, target in parts}
+    parts = read_peft(peft_folder)
+    rank = max(len(part.A) for part in parts.values())
+    layers, targets = map(set, zip(*parts, strict=True))
     config = replace(
         config,
         rank=rank,
-        alpha=first.scale * rank,
-        targets=tuple(t for group in TARGETS_OF.values() for t in group if t in targets),
-        layers=None if len(layers) == len(gpt.gpt_layers) else layers,
+        alpha=next(iter(parts.values())).scale * rank,
+        targets=tuple(target for target in TARGETS if target in targets),
+        layers=None if layers == {*range(len(gpt.gpt_layers))} else tuple(sorted(layers)),
     )
     add_lora(gpt, config)
-    for (layer, name, target), part in parts.items():
-        _fill(gpt.gpt_layers[layer].get_submodule(name), TARGETS_OF[name].index(target), part)
+    for layer, name, module in _lora_layers(gpt):
+        targets = compress(TARGETS_OF[name], module.parts)
+        _fill(module, [parts.get((layer, target)) for target in targets], f"layer {layer}, {name}")
     return config
 
 
+def _lora_layers(gpt: GPT2Model) -> Iterator[tuple[int, str, LoRALinear]]:
+    """Block, name in a Hugging Face block, and module of each layer with LoRA."""
+    for i, block in enumerate(gpt.gpt_layers):
+        for name, module in block.named_modules():
+            if isinstance(module, LoRALinear):
+                yield i, HF_NAMES[name], module
+
+
+def _fill(module: LoRALinear, parts: list[LowRank | None], where: str) -> None:
+    """Copy adapters into the parts of a layer; rows that one lacks stay as in a fresh adapter."""
+    n = sum(module.parts)
+    for part, A, B in zip(parts, module.lora_A.chunk(n), module.lora_B.chunk(n), strict=True):
+        if part is None:
+            continue
+        changed, shape = [len(part.B), part.A.shape[1]], [len(B), A.shape[1]]
+        if changed != shape:
+            raise UserError(
+                f"the PEFT adapter of {where} changes a weight of {changed}, the model's is {shape}"
+            )
+        A[: len(part.A)] = part.A
+        B[:, : len(part.A)] = part.B * (part.scale / module.scale)
+
+
 def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
-    """The adapters of a PEFT LoRA folder, by layer and name in it.
+    """The adapters of a PEFT LoRA folder, by layer of the model and target in it.
 
     Raises UserError for what is no such folder, and for what this project's LoRA is not.
     """
     config = _read_config(folder)
-    matrices: dict[tuple[int, str], dict[str, Tensor]] = {}
-    own_names = {stored: name for name, stored in HF_NAMES.items() if name in TARGETS_OF}
-    for key, tensor in read_tensors(folder / WEIGHTS):
-        match = KEY.fullmatch(key)
-        if not match or match[2] not in own_names or tensor.ndim != 2:
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} is no LoRA of a linear layer of a GPT-2 block, which "
-                "is all that can be read"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{folder / WEIGHTS}: {key} has values that are not finite")
-        place = int(match[1]), own_names[match[2]]
-        matrices.setdefault(place, {})[match[3]] = tensor.float()
-    if not matrices:
-        raise UserError(f"{folder / WEIGHTS} holds no adapter")
-    adapters = {}
-    for (layer, name), pair in sorted(matrices.items()):
-        where = f"{folder / WEIGHTS}: layer {layer}, {HF_NAMES[name]}"
-        rank = pair["A"].shape[0] if len(pair) == 2 else 0
-        if not rank or pair["B"].shape[1] != rank:
-            raise UserError(f"{where}: A and B do not belong together")
-        alpha = _alpha(config, f"transformer.h.{layer}.{HF_NAMES[name]}", folder / CONFIG)
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        adapters[layer, name] = LowRank(pair["A"], pair["B"], scale)
-    return adapters
+    path = folder / WEIGHTS
+    if not path.exists() and path.with_suffix(".bin").exists():  # PEFT before 0.7
+        path = path.with_suffix(".bin")
+    modules: dict[tuple[int, str, str], dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(path):
+        match = KEY.fullmatch(key.replace("_orig_mod.", ""))  # which torch.compile puts in names
+        if not match:
+            raise UserError(f"{path}: {key} is no LoRA of a linear layer of a GPT-2 block")
+        module, layer, name, matrix = match.groups()
+        pair = modules.setdefault((int(layer), name, module), {})
+        pair[matrix] = _finite_matrix(tensor, f"{path}: {key}")
+    if not modules:
+        raise UserError(f"{path} holds no adapter")
+    parts = {}
+    for (layer, name, module), pair in sorted(modules.items()):
+        if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
+            raise UserError(f"{path}: A and B of {module} do not belong together")
+        rank = math.sqrt(len(pair["A"])) if config.get("use_rslora") else len(pair["A"])
+        adapter = LowRank(**pair, scale=_alpha(config, module, folder / CONFIG) / rank)
+        for target, part in _split(adapter, TARGETS_OF[name]).items():
+            parts[layer, target] = part
+    return parts
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
-        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
+        inner = sorted(folder.glob(f"*/{CONFIG}"))  # checkpoints of a Trainer, named adapters
+        hint = f", but in {inner[-1].parent}" if inner else ""
+        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it{hint}")
     config = read_json(path)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
-    for key, (allowed, meaning) in REFUSED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{path}: {key} is {config[key]!r}: this LoRA cannot represent {meaning}"
-            )
+    for key, value in config.items():
+        if value and key not in ANY_VALUE and value not in PLAIN.get(key, ()):
+            raise UserError(f"{path}: {key} is {value!r:.60}: only plain LoRA can be read")
     return config
+
+
+def _finite_matrix(tensor: Any, where: str) -> Tensor:
+    """A stored tensor in float32; raises UserError unless it is a matrix of finite numbers."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 2:
+        matrix = tensor.float()
+        if matrix.numel() and matrix.isfinite().all():
+            return matrix
+    raise UserError(f"{where} must be a matrix of finite numbers, not empty")
 
 
 def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
     """A module's alpha: PEFT takes the first pattern that is the end of its name."""
     patterns = config.get("alpha_pattern") or {}
-    try:
+    with contextlib.suppress(Exception):  # a pattern from elsewhere raises many kinds
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
         alpha = float(patterns.get(next(matching, None), config["lora_alpha"]))
-    except (re.error, AttributeError, TypeError, ValueError):
-        raise UserError(f"{path}: {patterns!r} is no alpha_pattern") from None
-    if not math.isfinite(alpha):
-        raise UserError(f"{path}: an alpha is {alpha}")
-    return alpha
+        if math.isfinite(alpha):
+            return alpha
+    raise UserError(f"{path}: lora_alpha and alpha_pattern give no finite alpha for {module}")
 
 
-def _parts(
-    gpt: GPT2Model, adapters: dict[tuple[int, str], LowRank]
-) -> Iterator[tuple[tuple[int, str, str], LowRank]]:
-    """Layer, name and target with the adapter of this target only; checks the shapes."""
-    for (layer, name), adapter in adapters.items():
-        if layer >= len(gpt.gpt_layers):
-            raise UserError(
-                f"the PEFT adapter has a layer {layer}, the model 0 to {len(gpt.gpt_layers) - 1}"
-            )
-        shape = list(gpt.gpt_layers[layer].get_submodule(name).weight.shape)
-        if [adapter.B.shape[0], adapter.A.shape[1]] != shape:
-            raise UserError(
-                f"the PEFT adapter of layer {layer}, {HF_NAMES[name]}, changes a weight of "
-                f"{[adapter.B.shape[0], adapter.A.shape[1]]}, the model's is {shape}"
-            )
-        targets = TARGETS_OF[name]
-        for target, part in zip(targets, _split(adapter, len(targets)), strict=True):
-            if part:
-                yield (layer, name, target), part
+def _split(adapter: LowRank, targets: tuple[str, ...]) -> dict[str, LowRank]:
+    """The adapter of each target of a layer: its rows of B without columns that are zero in them.
 
-
-def _split(adapter: LowRank, n: int) -> list[LowRank | None]:
-    """The adapters of the n layers that a fused one consists of; None for one without.
-
-    Each has the same A and its rows of B; but where B is block-diagonal, as `export_peft` makes
-    it, its own part of A, too.
+    So each gets back its own A of those that `export_peft` puts one below the other. A fresh
+    adapter, whose B is zero, is left to all targets.
     """
-    blocks = adapter.B.chunk(n)
-    used = [i for i, block in enumerate(blocks) if block.any()]
-    if used and len(adapter.A) % len(used) == 0:
-        own_A = adapter.A.chunk(len(used))
-        grid = [blocks[i].chunk(len(used), 1) for i in used]
-        if not any(grid[i][j].any() for i in range(len(used)) for j in range(len(used)) if i != j):
-            own = {i: replace(adapter, A=own_A[k], B=grid[k][k]) for k, i in enumerate(used)}
-            return [own.get(i) for i in range(n)]
-    return [replace(adapter, B=block) for block in blocks]
-
-
-@torch.no_grad()
-def _fill(layer: LoRALinear, part: int, adapter: LowRank) -> None:
-    """Put an adapter into one part of a layer whose rank may be larger and scale another."""
-    index = sum(layer.parts[:part])
-    rank = adapter.A.shape[0]
-    layer.lora_A.chunk(sum(layer.parts))[index][:rank] = adapter.A
-    B = adapter.B * (adapter.scale / layer.scale)
-    layer.lora_B.chunk(sum(layer.parts))[index][:, :rank] = B
+    blocks = dict(zip(targets, adapter.B.chunk(len(targets)), strict=False))
+    if len(blocks) == 1 or not adapter.B.any():
+        return {target: replace(adapter, B=B) for target, B in blocks.items()}
+    used = {target: B.any(dim=0) for target, B in blocks.items() if B.any()}
+    return {t: LowRank(adapter.A[u], blocks[t][:, u], adapter.scale) for t, u in used.items()}

@@ -1,6 +1,8 @@
 """Adapters to PEFT and from it, and merged checkpoints, against PEFT and transformers."""
 
 import json
+import shutil
+from dataclasses import fields
 
 import peft
 import pytest
@@ -8,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from finetune.peft_format import export_merged, export_peft, start_lora
+from finetune.peft_format import export_merged, export_peft, read_peft, start_lora
 from models.gpt2 import GPT2Model
 from models.pretrained import load_tokenizer
 from modules.adapters import adapter_state
@@ -17,21 +19,42 @@ from modules.settings import UserError
 from tests.conftest import Evil, narrow_hf_model
 
 IDS = torch.randint(0, 100, (3, 17), generator=torch.Generator().manual_seed(0))
+KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 CONV1D = {"fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
 
 
-def set_adapters(model, names=("lora_A", "lora_B")):
+def set_adapters(model):
     """Random adapters, so that none is the identity."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part in name for part in names):
+            if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 @torch.no_grad()
 def logits(gpt):
     return gpt.eval().hidden_state_to_token(gpt(IDS)["last_hidden_state"])
+
+
+def save_peft(hf_folder, folder, model_class=transformers.GPT2LMHeadModel, save=None, **settings):
+    """Save a random adapter by PEFT; returns the model with it, in evaluation mode."""
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": ["c_attn"]} | CONV1D | settings
+    base = model_class.from_pretrained(hf_folder)
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
+    set_adapters(model)
+    model.save_pretrained(folder, **save or {})
+    return model
+
+
+def damage_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def damage_weights(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +105,9 @@ def test_peft_finds_the_base_by_itself_and_trains_on(gpt, hf_folder, tmp_path):
     [
         ({"r": 4, "target_modules": ["c_attn"]}, 4, TARGETS[:3], None),
         ({"r": 2, "target_modules": ["c_attn", "c_proj"]}, 2, {*TARGETS} - {"interm_dense"}, None),
-        ({"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"]}, 2, TARGETS, None),
+        ({"r": 2, "target_modules": "all-linear"}, 2, TARGETS, None),
+        ({"r": 2, "target_modules": ["c_proj"], "exclude_modules": r".*\.1\.mlp.*|.*attn.*"},
+         2, {"out_dense"}, (0, 2)),
         ({"r": 4, "target_modules": ["c_fc"], "use_rslora": True}, 4, {"interm_dense"}, None),
         ({"r": 2, "target_modules": ["mlp.c_proj"], "layers_to_transform": [1]},
          2, {"out_dense"}, (1,)),
@@ -94,11 +119,7 @@ def test_peft_finds_the_base_by_itself_and_trains_on(gpt, hf_folder, tmp_path):
     ],
 )  # fmt: skip
 def test_adapters_that_peft_saves_are_read_in(hf_folder, tmp_path, settings, rank, targets, layers):
-    model = transformers.GPT2LMHeadModel.from_pretrained(hf_folder)
-    config = peft.LoraConfig(lora_alpha=12, lora_dropout=0.2, **CONV1D, **settings)
-    model = peft.get_peft_model(model, config).eval()
-    set_adapters(model)
-    model.save_pretrained(tmp_path)
+    model = save_peft(hf_folder, tmp_path, lora_alpha=12, lora_dropout=0.2, **settings)
     with torch.no_grad():
         expected = model(IDS).logits
     gpt = GPT2Model.from_pretrained(hf_folder)
@@ -128,41 +149,113 @@ def test_a_fresh_adapter_of_peft_is_one_here_and_every_weight_of_it_trains(hf_fo
     assert all(layer.lora_B.grad.abs().min(1).values.max() > 0 for layer in layers)
 
 
+def old_bin(hf_folder, folder):
+    return save_peft(hf_folder, folder, save={"safe_serialization": False})(IDS).logits
+
+
+def bin_beside_safetensors(hf_folder, folder):
+    torch.save({}, folder / "adapter_model.bin")
+    return save_peft(hf_folder, folder)(IDS).logits
+
+
+def named_by_torch_compile(hf_folder, folder):
+    expected = save_peft(hf_folder, folder)(IDS).logits
+    damage_weights(folder, lambda t: {f"_orig_mod.{key}": tensor for key, tensor in t.items()})
+    return expected
+
+
+def named_with_the_adapter(hf_folder, folder):
+    expected = save_peft(hf_folder, folder)(IDS).logits
+    damage_weights(folder, lambda t: {k.replace(".w", ".default.w"): v for k, v in t.items()})
+    return expected
+
+
+def of_the_model_without_a_head(hf_folder, folder):
+    settings = {"task_type": "FEATURE_EXTRACTION", "alpha_pattern": {r"^h\.0\.attn\.c_attn": 31}}
+    model = save_peft(hf_folder, folder, transformers.GPT2Model, **settings)
+    head = transformers.GPT2LMHeadModel.from_pretrained(hf_folder).lm_head
+    return head(model(IDS).last_hidden_state)
+
+
+def added_by_transformers(hf_folder, folder):
+    model = transformers.GPT2LMHeadModel.from_pretrained(hf_folder).eval()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["c_proj"], **CONV1D), "poet")
+    set_adapters(model)
+    model.save_pretrained(folder)
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        old_bin,
+        bin_beside_safetensors,
+        named_by_torch_compile,
+        named_with_the_adapter,
+        of_the_model_without_a_head,
+        added_by_transformers,
+    ],
+)
+@torch.no_grad()
+def test_folders_of_other_origin_are_read(hf_folder, tmp_path, kind):
+    expected = kind(hf_folder, tmp_path)
+    gpt = GPT2Model.from_pretrained(hf_folder)
+    start_lora(gpt, LoRAConfig(), tmp_path)
+    assert (logits(gpt) - expected).abs().max() < 1e-4
+
+
+def test_a_folder_with_an_adapter_in_a_folder_of_its_own_is_refused_naming_that(
+    hf_folder, tmp_path
+):
+    save_peft(hf_folder, tmp_path / "checkpoint-10")
+    with pytest.raises(UserError, match="no adapter_config.json in it, but in .*/checkpoint-10$"):
+        read_peft(tmp_path)
+
+
+# Defaults of keys that PEFT has no longer, or does not save any more.
+OLD = {"enable_lora": None, "merge_weights": True, "runtime_config": {"ephemeral_gpu_offload": 0}}
+
+
+def test_every_default_of_peft_is_accepted_and_every_other_method_refused_by_its_key(
+    hf_folder, tmp_path
+):
+    save_peft(hf_folder, tmp_path)
+    defaults = {k: v for k, v in peft.LoraConfig().to_dict().items() if k != "lora_alpha"}
+    damage_config(tmp_path, **defaults, **OLD)
+    assert len(read_peft(tmp_path)) == 9
+    variants = [f.name for f in fields(peft.LoraConfig) if f.metadata.get("is_lora_variant")]
+    assert "use_dora" in variants
+    for key in [*variants, "use_qalora", "lora_bias", "enable_lora", "a_method_to_come"]:
+        folder = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{key}"))
+        damage_config(folder, **{key: [True]})
+        with pytest.raises(UserError, match=rf"{key} is \[True\]: only plain LoRA"):
+            read_peft(folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"use_dora": True}, "use_dora is True: this LoRA cannot represent DoRA"),
-        ({"bias": "lora_only"}, "bias is 'lora_only': this LoRA cannot represent trained biases"),
-        ({"modules_to_save": ["wte"]}, r"\['wte'\]: .* whole layers that were trained and saved"),
-        ({"trainable_token_indices": [3]}, r"\[3\]: .* trained embeddings"),
-        ({"init_lora_weights": "pissa"}, "'pissa': .* changed base weights"),
+        ({"use_dora": True}, "use_dora is True: only plain LoRA can be read"),
+        ({"bias": "lora_only"}, "bias is 'lora_only': only plain LoRA"),
+        ({"modules_to_save": ["wte"]}, r"modules_to_save is \['wte'\]: only plain LoRA"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices is \[3\]: only plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': only plain LoRA"),
         ({"target_modules": ["c_attn", "wte"]}, "wte.lora_embedding_A is no LoRA of a linear"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_in_one_sentence(
     hf_folder, tmp_path, settings, sentence
 ):
-    model = transformers.GPT2LMHeadModel.from_pretrained(hf_folder)
-    config = peft.LoraConfig(**{"r": 2, "target_modules": ["c_attn"]} | CONV1D | settings)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    save_peft(hf_folder, tmp_path, **settings)
     with pytest.raises(UserError, match=sentence) as error:
         start_lora(GPT2Model.from_pretrained(hf_folder), LoRAConfig(), tmp_path)
     assert "\n" not in str(error.value)
 
 
-def damage_config(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def damage_weights(folder, change):
-    path = folder / "adapter_model.safetensors"
-    save_file(change(load_file(path)), path)
-
-
-def narrow(tensors):
-    """Without the others, all of c_fc cut to two inputs."""
-    return {key: t[:, :2].clone() for key, t in tensors.items() if "mlp.c_fc" in key}
+def use_bin(folder, state):
+    """Put what `torch.save` writes in the place of the safetensors file."""
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(state, folder / "adapter_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -171,15 +264,21 @@ def narrow(tensors):
         (lambda f: (f / "adapter_config.json").unlink(), "is no PEFT adapter: no adapter_config"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "no lora_alpha in it"),
-        (lambda f: damage_config(f, peft_type="IA3"), "'IA3': .* another method than LoRA"),
+        (lambda f: damage_config(f, peft_type="IA3"), "peft_type is 'IA3': only plain LoRA"),
         (lambda f: damage_config(f, alpha_pattern={"(": 2}), "alpha_pattern"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "cannot be read"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04"), "cannot be read"),
         (lambda f: torch.save(Evil(f / "harm"), f / "adapter_model.safetensors"), "cannot be read"),
         (lambda f: damage_weights(f, lambda t: dict(list(t.items())[1:])), "do not belong toge"),
-        (lambda f: damage_weights(f, narrow), "changes a weight of"),
         (lambda f: damage_weights(f, lambda t: {k.replace("h.1", "h.9"): v for k, v in t.items()}),
-         "has a layer 9, the model 0 to 2"),
+         "layer 9 is not one of the model's, 0 to 2"),
+        (lambda f: damage_weights(f, lambda t: {k: v.new_zeros(0) for k, v in t.items()}),
+         "must be a matrix of finite numbers, not empty"),
+        (lambda f: damage_weights(f, lambda t: {k: v / 0 for k, v in t.items()}), "of finite numb"),
+        (lambda f: use_bin(f, Evil(f / "harm")), "adapter_model.bin holds .*could run code"),
+        (lambda f: use_bin(f, {"a": 1}), "a is no LoRA of a linear layer"),
+        (lambda f: use_bin(f, {KEY: "text"}), "must be a matrix of finite numbers"),
+        (lambda f: damage_config(f, alpha_pattern={"attn.c_proj": 10**400}), "no finite alpha"),
         (lambda f: damage_weights(f, lambda t: {}), "holds no adapter"),
     ],
 )  # fmt: skip
@@ -201,9 +300,7 @@ def test_an_adapter_of_another_width_is_refused(gpt, hf_folder, tmp_path):
     export_peft(gpt, config, hf_folder, tmp_path / "adapter")
     narrow_hf_model(n_head=2).save_pretrained(tmp_path / "narrow")
     with pytest.raises(UserError, match=r"changes a weight of \[32, 32\], .* is \[16, 16\]"):
-        start_lora(
-            GPT2Model.from_pretrained(tmp_path / "narrow"), LoRAConfig(), tmp_path / "adapter"
-        )
+        start_lora(GPT2Model.from_pretrained(tmp_path / "narrow"), config, tmp_path / "adapter")
 
 
 def test_a_merged_checkpoint_is_complete_and_gives_the_same_logits(
