@@ -1,6 +1,7 @@
 """Question pairs and sonnets from text to batch: prompt, tokenize, pad."""
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from data.sonnets import Sonnet, read_sonnets, split_sonnets
 from modules.settings import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
@@ -51,13 +52,13 @@ def _normalize(text: str) -> str:
     return " ".join(text.split())
 
 
-def encode(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+def encode(texts: list[str], tokenizer: "Tokenizer") -> list[list[int]]:
     """Token ids of each text and nothing else, without the special tokens of a whole input."""
     backend = tokenizer.backend_tokenizer
     return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def answer_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
+def answer_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
     """The ids of "no" and "yes" as they follow other text: a tokenizer may put a blank before its
     first word. Raises UserError where the vocabulary splits one of them.
     """
@@ -68,9 +69,7 @@ def answer_ids(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, int]:
     return rows[0][-1], rows[1][-1]
 
 
-def tokenize_pairs(
-    pairs: Pairs, tokenizer: "PreTrainedTokenizerFast", max_length: int
-) -> TokenizedPairs:
+def tokenize_pairs(pairs: Pairs, tokenizer: "Tokenizer", max_length: int) -> TokenizedPairs:
     """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
     tokens, lengths, shortened = array("i"), [], 0
     for start in range(0, len(pairs.ids), 1024):  # bounds the encoder's own objects to some MB
@@ -94,22 +93,18 @@ def tokenize_pairs(
     )
 
 
-def _shorten(
-    first: str, second: str, tokenizer: "PreTrainedTokenizerFast", max_length: int
-) -> list[int]:
+def _shorten(first: str, second: str, tokenizer: "Tokenizer", max_length: int) -> list[int]:
     """Ids of the longest prompt that fits, the longer question cut first, then both."""
     questions = (_normalize(first), _normalize(second))
 
     def ids(size: int) -> list[int]:
         return encode([PROMPT.format(*(text[:size] for text in questions))], tokenizer)[0]
 
-    fits, too_long = 0, max(map(len, questions))
-    if len(ids(fits)) > max_length:
+    sizes = range(max(map(len, questions)))
+    n_fitting = bisect_right(sizes, max_length, key=lambda size: len(ids(size)))
+    if n_fitting == 0:
         raise UserError(f"a model of {max_length} positions cannot hold even an empty prompt")
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        fits, too_long = (middle, too_long) if len(ids(middle)) <= max_length else (fits, middle)
-    return ids(fits)
+    return ids(sizes[n_fitting - 1])
 
 
 def load_pairs(
@@ -119,7 +114,7 @@ def load_pairs(
     test: str | Path,
     limit_train: int | None,
     limit_dev: int | None,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Tokenizer",
     max_length: int,
 ) -> list[TokenizedPairs]:
     """Train, dev and test pairs of a run; `limit_dev` is for the test pairs too.
@@ -245,7 +240,7 @@ class TokenizedSonnet:
 
 
 def tokenize_sonnets(
-    sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
+    sonnets: list[Sonnet], tokenizer: "Tokenizer", max_length: int
 ) -> list[TokenizedSonnet]:
     """Tokenize whole poems; one too long for the model loses its end."""
     poems = encode(["\n".join(sonnet.lines) for sonnet in sonnets], tokenizer)
@@ -257,7 +252,7 @@ def tokenize_sonnets(
 
 
 def tokenize_prompts(
-    sonnets: list[Sonnet], tokenizer: "PreTrainedTokenizerFast", max_length: int
+    sonnets: list[Sonnet], tokenizer: "Tokenizer", max_length: int
 ) -> list[list[int]]:
     """Token ids of each poem's given lines; raises UserError where they fill the model."""
     prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
@@ -292,7 +287,7 @@ def load_sonnets(
     limit_train: int | None,
     limit_dev: int | None,
     seed: int,
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "Tokenizer",
     max_length: int,
 ) -> SonnetData:
     """Read, check, split and tokenize the poems of a run; `limit_dev` is for all but `train`.

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -255,10 +254,7 @@ def read_plain(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes any of them
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and not code:
-            reason = "is damaged or was not written by torch.save"
-        elif code:
+        reason = "is damaged or was not written by torch.save"
+        if code:
             reason = f"holds {code[1]}, which could run code: only tensors are allowed"
-        else:
-            reason = f"is damaged or was not written by torch.save ({first_line(error)})"
         raise UserError(f"{path} {reason}") from error

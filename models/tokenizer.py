@@ -8,7 +8,7 @@ from models.config import first_line, read_json
 from modules.settings import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 TOKENIZER_FILES = [
     *("tokenizer.json", "vocab.json", "merges.txt"),
@@ -16,7 +16,7 @@ TOKENIZER_FILES = [
 ]
 
 
-def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "Tokenizer":
     """The tokenizer that `AutoTokenizer` makes of a checkpoint folder, for whole texts.
 
     Its `backend_tokenizer` never truncates or pads, and decoding drops the blank that the
@@ -26,15 +26,18 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "PreTrainedTo
     if not has_tokenizer(folder):
         missing = "merges.txt" if (folder / "vocab.json").exists() else "vocab.json"
         raise UserError(f"{folder} has no tokenizer: {missing} is missing")
+    about = folder / "tokenizer_config.json"
+    if about.exists() and "auto_map" in read_json(about):
+        raise UserError(f"{about} names code of its own (auto_map), which is never run")
     try:
         tokenizer = _read(folder)
-    except UserError:
-        raise
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
     if vocab_size:
         tokenizer = _fit(tokenizer, folder, vocab_size)
-    return _with_end_of_text(tokenizer, folder)
+    if tokenizer.eos_token_id is None:
+        _name_end_of_text(tokenizer, folder)
+    return tokenizer
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -43,7 +46,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).exists() for name in names) for names in alternatives)
 
 
-def unused_ids(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> list[int]:
+def unused_ids(tokenizer: "Tokenizer", vocab_size: int) -> list[int]:
     """The rows of embeddings for `vocab_size` tokens that no text ends up in.
 
     Those are rows without a token, and that of a padding token added to the vocabulary.
@@ -55,14 +58,11 @@ def unused_ids(tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> list[in
     return sorted(set(range(vocab_size)) - used)
 
 
-def _read(folder: Path) -> "PreTrainedTokenizerFast":
+def _read(folder: Path) -> "Tokenizer":
     from tokenizers import decoders
     from tokenizers.models import BPE
     from transformers import AutoTokenizer, GPT2Config
 
-    about = folder / "tokenizer_config.json"
-    if about.exists() and "auto_map" in read_json(about):
-        raise UserError(f"{about} names code of its own (auto_map), which is never run")
     config = None if (folder / "config.json").exists() else GPT2Config()
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
@@ -80,9 +80,7 @@ def _read(folder: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _fit(
-    tokenizer: "PreTrainedTokenizerFast", folder: Path, vocab_size: int
-) -> "PreTrainedTokenizerFast":
+def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
     """The tokenizer without added tokens that the model has no embedding for.
 
     If a text has such a token, it is read like any other text.
@@ -110,18 +108,14 @@ def _fit(
     return fitting
 
 
-def _with_end_of_text(
-    tokenizer: "PreTrainedTokenizerFast", folder: Path
-) -> "PreTrainedTokenizerFast":
-    """The tokenizer with `eos_token`, by config.json if the tokenizer's own files name none."""
+def _name_end_of_text(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Take `eos_token` from config.json, where the tokenizer's own files name none."""
     config = folder / "config.json"
-    if tokenizer.eos_token_id is None and config.exists():
-        end = read_json(config).get("eos_token_id")
-        names = [name for name, token in tokenizer.get_vocab().items() if token == end]
-        tokenizer.eos_token = names[0] if names else None
-    if tokenizer.eos_token_id is None:
+    end = read_json(config).get("eos_token_id") if config.exists() else None
+    names = [name for name, token in tokenizer.get_vocab().items() if token == end]
+    if not names:
         raise UserError(
             f"the tokenizer in {folder} has no end-of-text token: name it as eos_token in "
             "tokenizer_config.json"
         )
-    return tokenizer
+    tokenizer.eos_token = names[0]

@@ -6,18 +6,20 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from models.config import SIZES
+from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
 from models.pretrained import (
     BUNDLED,
     find_checkpoint,
+    fingerprint,
+    load_config,
     load_tokenizer,
     save_gpt2,
 )
@@ -52,13 +54,44 @@ def test_every_form_of_a_checkpoint_loads(hf_model, tmp_path, expected, form, na
     assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
 
 
-def test_the_masks_of_old_checkpoints_are_passed_over(hf_folder, tmp_path, expected):
+def test_the_masks_of_old_checkpoints_are_passed_over(hf_folder, tmp_path, expected, capsys):
     shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
     tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(tensors, tmp_path / "model.safetensors")
     assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
+    assert capsys.readouterr().out == ""
+
+
+TASK_HEADS = {
+    "GPT2ForSequenceClassification": "score.weight",
+    "GPT2ForTokenClassification": "classifier.bias, classifier.weight",
+    "GPT2ForQuestionAnswering": "qa_outputs.bias, qa_outputs.weight",
+    "GPT2DoubleHeadsModel": "multiple_choice_head.summary.bias, multiple_choice_head.summary.we",
+}
+
+
+@pytest.mark.parametrize("architecture", TASK_HEADS)
+def test_a_task_head_is_left_out_and_named(hf_model, tmp_path, expected, capsys, architecture):
+    model = getattr(transformers, architecture)(hf_model.config)
+    model.transformer.load_state_dict(hf_model.transformer.state_dict())
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}: left out the task head, {TASK_HEADS[architecture]}")
+
+
+def test_other_names_of_the_configuration_are_those_of_transformers(hf_folder, tmp_path):
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    names = {f.name for f in fields(GPT2Config)}
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for alias, name in transformers.GPT2Config.attribute_map.items():
+        if name in names:
+            stored[alias] = stored.pop(name)
+    assert len(set(stored) & names) < len(names)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert load_config(tmp_path) == load_config(hf_folder)
 
 
 def test_half_precision_files_load_as_float32(hf_model, tmp_path):
@@ -134,26 +167,49 @@ def test_a_pickle_that_runs_code_is_refused(hf_model, tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_folder_without_a_tokenizer_is_refused(hf_folder):
-    with pytest.raises(UserError, match=r"vocab.json is missing"):
-        load_tokenizer(hf_folder)
+def run_offline(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code that finds no hub, in a process of its own: its client reads variables once."""
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command, env = [sys.executable, "-c", code], os.environ | nowhere | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-def test_a_model_in_the_hugging_face_cache_needs_no_network(hf_folder, gpt2_tokenizer, tmp_path):
-    snapshot = tmp_path / "models--gpt2" / "snapshots" / "0123"
-    shutil.copytree(hf_folder, snapshot)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(Path(gpt2_tokenizer.name_or_path) / name, snapshot)
-    (tmp_path / "models--gpt2" / "refs").mkdir()
-    (tmp_path / "models--gpt2" / "refs" / "main").write_text("0123")
-    code = (
-        "from models.gpt2 import GPT2Model; print(GPT2Model.from_pretrained('gpt2').config.n_embd)"
+CACHED = {
+    "models--gpt2": ("model.safetensors", ["vocab.json", "merges.txt"]),
+    "models--openai-community--gpt2": ("model.safetensors", ["tokenizer.json"]),
+    "pickled": ("pytorch_model.bin", ["tokenizer.json", "vocab.json", "merges.txt"]),
+}
+
+
+@pytest.mark.parametrize("kind", CACHED)
+def test_a_model_in_the_hugging_face_cache_needs_no_network(
+    hf_model, hf_folder, nano_tokenizer, tmp_path, kind
+):
+    weights, tokenizer = CACHED[kind]
+    repository = tmp_path / (kind if "models" in kind else "models--gpt2")
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    shutil.copy(hf_folder / "config.json", snapshot)
+    if weights == "model.safetensors":
+        shutil.copy(hf_folder / weights, snapshot)
+    else:
+        torch.save(hf_model.state_dict(), snapshot / weights)
+    nano_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name in tokenizer:
+        folder = tmp_path / "tokenizer" if name == "tokenizer.json" else BUNDLED
+        shutil.copy(folder / name, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    code = "from models.gpt2 import *; print(GPT2Model.from_pretrained('gpt2').config.n_embd)"
+    unusable = {"HF_HUB_CACHE": str(tmp_path), "HTTPS_PROXY": "foo://bar"}
+    done = run_offline(code, **unusable)
+    assert done.stdout == "32\n", done.stderr
+    assert (
+        "pass --model_path" in run_offline(code.replace("'gpt2'", "'gpt2-xl'"), **unusable).stderr
     )
-    cache = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | cache, capture_output=True
-    )
-    assert done.stdout == b"32\n", done.stderr
+    (snapshot / tokenizer[-1]).unlink()
+    if kind != "pickled":  # whose tokenizer.json is enough
+        assert "pass --model_path" in run_offline(code, **unusable).stderr
 
 
 def test_gpt2_from_the_hub_equals_transformers():
@@ -173,19 +229,42 @@ def test_gpt2_from_the_hub_equals_transformers():
         assert torch.allclose(ours, hf(ids).logits, atol=1e-3)
 
 
-def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match="neither a folder nor one of the models gpt2, gpt2-"):
-        find_checkpoint("gpt3")
+DOWNLOAD = "gpt2-nano; for a model of the hub, run `hf download {} --local-dir FOLDER` and write "
+UNKNOWN = {
+    "gpt3": DOWNLOAD.format("gpt3"),
+    "distilgpt2": DOWNLOAD.format("distilgpt2"),
+    "someone/model": DOWNLOAD.format("someone/model"),
+    "openai-community/gpt2-large": "gpt2-nano: write --model_size gpt2-large$",
+    "/no/such/folder": "neither a folder nor one of the models gpt2, .*, gpt2-nano$",
+    "../model": "neither a folder nor one of the models gpt2, .*, gpt2-nano$",
+}
 
 
-def test_no_network_is_told_within_seconds(tmp_path):
-    code = "from models.pretrained import find_checkpoint; find_checkpoint('gpt2')"
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_name_is_refused_with_what_to_write_instead(name):
+    with pytest.raises(UserError, match=UNKNOWN[name]):
+        find_checkpoint(name)
+
+
+UNREACHABLE = {
+    "no network": {},
+    "SOCKS proxy": {"HTTPS_PROXY": "socks5://127.0.0.1:9", "HF_ENDPOINT": "https://hub.invalid"},
+    "unknown proxy": {"HTTPS_PROXY": "foo://bar"},
+    "malformed proxy": {"ALL_PROXY": "http://["},
+    "malformed address": {"HF_ENDPOINT": "hub"},
+    "offline by choice": {"HF_HUB_OFFLINE": "1"},
+}
+
+
+@pytest.mark.parametrize("kind", UNREACHABLE)
+def test_a_hub_out_of_reach_is_reported_within_seconds(tmp_path, kind):
+    code = "from models.pretrained import *\ntry: find_checkpoint('gpt2')\n"
+    code += "except UserError as error: print(error)"
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | nowhere, capture_output=True
-    )
-    assert b"pass --model_path FOLDER" in done.stderr.splitlines()[-1]
+    done = run_offline(code, HF_HOME=str(tmp_path), **UNREACHABLE[kind])
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("gpt2 is not in the Hugging Face cache and could not be fetched")
+    assert "pass --model_path FOLDER" in line
     assert time.monotonic() - started < 60  # the hub's own retries alone take 24 s a file
 
 
@@ -208,6 +287,27 @@ print((kib("VmHWM") - before) / weights)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
     assert float(done.stdout) < 1.3
+
+
+def test_a_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
+    original = fingerprint(BUNDLED)
+    copy = tmp_path / "other name"
+    shutil.copytree(BUNDLED, copy)
+    (copy / "README.md").write_text("another card")
+    edit_config(copy, architectures=["GPT2Model"], transformers_version="4.0.0")
+    assert fingerprint(copy) == original
+    changes = {
+        "config.json": lambda path: edit_config(copy, n_head=8),
+        "model.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\1"),
+        "merges.txt": lambda path: path.write_text(path.read_text() + "\n"),
+        "tokenizer_config.json": lambda path: path.write_text("{}"),
+    }
+    seen = {original}
+    for name, change in changes.items():
+        change(copy / name)
+        seen.add(fingerprint(copy))
+    assert len(seen) == 1 + len(changes)
+    assert all(len(digest) == 64 for digest in seen)
 
 
 def test_the_bundled_checkpoint_is_a_gpt2_for_transformers_too(nano_tokenizer):
