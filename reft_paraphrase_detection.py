@@ -10,12 +10,14 @@ import argparse
 import torch
 
 import datasets
-from finetune import arguments, ending, loop, metrics, outputs, runtime
+from data.pairs import read_pairs
+from finetune import arguments, ending, loop, metrics, outputs, report, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.run import Run
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import find_checkpoint, load_tokenizer
+from models.pretrained import find_checkpoint
+from models.tokenizer import load_tokenizer
 from modules.adapters import trainable
 from modules.reft import ReFTConfig, add_reft
 
@@ -23,31 +25,22 @@ DEFAULTS = {"epochs": 3, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.01}
 DEFAULTS |= {"reft_rank": 4, "reft_alpha": 16.0, "reft_dropout": 0.0}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1}
-DEMO |= arguments.demo_files(
-    para_train="sample-pairs-train.csv",
-    para_dev="sample-pairs-dev.csv",
-    para_test="sample-pairs-test.csv",
-)
-
-
-def get_args() -> argparse.Namespace:
-    parser = arguments.make_parser(__doc__)
-    arguments.add_paraphrase_files(parser, "reft")
-    arguments.add_settings(parser, "ReFT", ReFTConfig, prefix="reft_")
-    arguments.add_settings(parser, "training", loop.FitConfig)
-    arguments.add_settings(parser, "early stopping", EarlyStoppingConfig)
-    arguments.add_run(parser)
-    arguments.add_exchange(parser, "reft")
-    return arguments.parse(parser, DEFAULTS, DEMO)
+DEMO |= {
+    "para_train": arguments.DATA / "sample-pairs-train.csv",
+    "para_dev": arguments.DATA / "sample-pairs-dev.csv",
+    "para_test": arguments.DATA / "sample-pairs-test.csv",
+}
 
 
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
+    reft = arguments.config(ReFTConfig, args, prefix="reft_")
+    base = find_checkpoint(args.model_path or args.model_size)
+    run = Run.open(vars(args), task="paraphrase", adapter=reft, base=base, runtime=machine)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
-    gpt = GPT2Model.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
+    gpt = GPT2Model.from_pretrained(base)
+    tokenizer = load_tokenizer(base, gpt.config.vocab_size)
     train, dev, test = datasets.load_pairs(
         train=args.para_train,
         dev=args.para_dev,
@@ -59,34 +52,34 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Build
-    reft = arguments.config(ReFTConfig, args, prefix="reft_")
     add_reft(gpt, reft)
     gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
     machine.prepare(model, args.compile)
-    run = Run.open(vars(args), task="paraphrase", adapter=reft, model=model, runtime=machine)
     score = metrics.ParaphraseScorer(model, dev, machine)
 
     # Fit
     fitted = None if args.predict_only else fit(args, machine, run, model, train, score)
 
     # Predict
-    table = run.load_best()
-    final = score()
+    best = run.load_adapter(model)
+    final = score.final()
     test_logits = metrics.paraphrase_logits(model, test, machine, "test")
 
     # Write
     if machine.is_main:
-        outputs.write_paraphrase_predictions(args.para_dev_out, dev.ids, score.logits)
-        outputs.write_paraphrase_predictions(args.para_test_out, test.ids, test_logits)
-        table |= outputs.paraphrase_table(final, dev.labels)
-        table |= {"dev": args.para_dev_out, "test": args.para_test_out}
-        if fitted:
-            errors = metrics.most_confident_errors(score.logits, dev, tokenizer)
-            table |= outputs.write_paraphrase_record(
-                run.record, vars(args), reft, fitted, final, dev.labels, score.logits, errors
-            )
-        run.finish(table)
+        record = run.record(reft, best, fitted, final)
+        pairs = read_pairs(args.para_dev, labelled=True, limit=args.limit_dev)
+        rows = metrics.pair_table(score.logits, dev, pairs)
+        contents = {
+            "para_dev_out": outputs.format_predictions(dev.ids, score.logits),
+            "para_test_out": outputs.format_predictions(test.ids, test_logits),
+            "report": report.paraphrase_report(record, rows),
+            "picture": report.picture(record, report.confusion_counts(rows)),
+        }
+        files = run.write(record, contents)
+        run.finish()
+        print(outputs.format_table(record, files))
 
 
 def fit(
@@ -111,7 +104,7 @@ def fit(
         ),
         evaluate=score,
         stopper=EarlyStopper("dev_accuracy", "max", early_stopping),
-        save_best=run.checkpoint.save,
+        save_best=lambda record: run.save_adapter(model, record),
         config=arguments.config(loop.FitConfig, args),
         runtime=machine,
         resume=run.resume,
@@ -120,6 +113,8 @@ def fit(
 
 
 if __name__ == "__main__":
-    args = get_args()
+    args = arguments.parse(
+        __doc__, task="paraphrase", adapter=ReFTConfig, defaults=DEFAULTS, demo=DEMO
+    )
     advice = "" if args.predict_only else ending.TO_RESUME
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

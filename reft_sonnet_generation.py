@@ -6,18 +6,20 @@ python reft_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --nu
 """
 
 import argparse
+from itertools import chain
 
 import torch
 
 import datasets
-from finetune import arguments, ending, loop, metrics, outputs, runtime
+from finetune import arguments, ending, loop, metrics, outputs, report, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.generation import SonnetGenerator
 from finetune.run import Run
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
-from models.pretrained import find_checkpoint, load_tokenizer
+from models.pretrained import find_checkpoint
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from models.tokenizer import load_tokenizer, unused_ids
 from modules.adapters import trainable
 from modules.reft import ReFTConfig, add_reft
 
@@ -26,34 +28,23 @@ DEFAULTS |= {"reft_rank": 4, "reft_alpha": 16.0, "reft_dropout": 0.1}
 DEFAULTS |= {"temperature": 1.2, "top_p": 0.9}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1, "temperature": 0.9}
-DEMO |= arguments.demo_files(
-    sonnet_path="sonnets.txt",
-    held_out_sonnet_path="sonnets_held_out.txt",
-    dev_sonnet_path="sonnets_held_out_dev.txt",
-    dev_gold_path="TRUE_sonnets_held_out_dev.txt",
-)
-
-
-def get_args() -> argparse.Namespace:
-    parser = arguments.make_parser(__doc__)
-    arguments.add_sonnet_files(parser, "reft")
-    arguments.add_settings(parser, "ReFT", ReFTConfig, prefix="reft_")
-    arguments.add_settings(parser, "training", loop.FitConfig)
-    arguments.add_settings(parser, "early stopping", EarlyStoppingConfig)
-    generation = arguments.add_settings(parser, "generation", SamplingConfig)
-    arguments.add_num_samples(generation)
-    arguments.add_run(parser)
-    arguments.add_exchange(parser, "reft")
-    return arguments.parse(parser, DEFAULTS, DEMO)
+DEMO |= {
+    "sonnet_path": arguments.DATA / "sonnets.txt",
+    "held_out_sonnet_path": arguments.DATA / "sonnets_held_out.txt",
+    "dev_sonnet_path": arguments.DATA / "sonnets_held_out_dev.txt",
+    "dev_gold_path": arguments.DATA / "TRUE_sonnets_held_out_dev.txt",
+}
 
 
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
+    reft = arguments.config(ReFTConfig, args, prefix="reft_")
+    base = find_checkpoint(args.model_path or args.model_size)
+    run = Run.open(vars(args), task="sonnet", adapter=reft, base=base, runtime=machine)
 
     # Load
-    folder = find_checkpoint(args.model_path or args.model_size)
-    gpt = GPT2Model.from_pretrained(folder)
-    tokenizer = load_tokenizer(folder, gpt.config.vocab_size)
+    gpt = GPT2Model.from_pretrained(base)
+    tokenizer = load_tokenizer(base, gpt.config.vocab_size)
     sonnets = datasets.load_sonnets(
         train=args.sonnet_path,
         dev=args.dev_sonnet_path,
@@ -67,12 +58,11 @@ def main(args: argparse.Namespace) -> None:
     )
 
     # Build
-    reft = arguments.config(ReFTConfig, args, prefix="reft_")
     add_reft(gpt, reft)
     gpt.gradient_checkpointing = args.gradient_checkpointing
+    gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
     model = SonnetGPT(gpt)
     machine.prepare(model, args.compile)
-    run = Run.open(vars(args), task="sonnet", adapter=reft, model=model, runtime=machine)
     sampling = arguments.config(SamplingConfig, args)
     generator = SonnetGenerator(gpt, tokenizer, sampling, args.seed, machine)
     score = metrics.SonnetScorer(model, generator, sonnets)
@@ -82,16 +72,24 @@ def main(args: argparse.Namespace) -> None:
     fitted = None if args.predict_only else fit(args, machine, run, model, sonnets, score)
 
     # Predict
-    table = run.load_best()
+    best = run.load_adapter(model)
     final = untrained | score.final()
     samples = [generator.write(sonnets.held_out, sample) for sample in range(args.num_samples)]
 
     # Write
     if machine.is_main:
-        table |= outputs.sonnet_table(final) | outputs.write_samples(args.sonnet_out, samples)
-        if fitted:
-            table |= outputs.write_sonnet_record(run.record, vars(args), reft, fitted, final)
-        run.finish(table)
+        record = run.record(reft, best, fitted, final)
+        poems = list(zip(score.poems, sonnets.gold, strict=True))
+        contents = {
+            "sonnet_out": outputs.format_sonnets(samples[0]),
+            "report": report.sonnet_report(record, poems),
+            "picture": report.picture(record),
+        }
+        if args.num_samples > 1:
+            contents["samples"] = outputs.format_sonnets(chain(*zip(*samples, strict=True)))
+        files = run.write(record, contents)
+        run.finish()
+        print(outputs.format_table(record, files))
 
 
 def fit(
@@ -105,7 +103,7 @@ def fit(
     """Train the adapter; the best epoch by validation loss is saved, and decides when to stop."""
 
     def save_best(record: dict) -> None:
-        run.checkpoint.save(record)
+        run.save_adapter(model, record)
         print(*map(outputs.format_sonnet, score.poems[:2]), sep="")
 
     optimizer = torch.optim.AdamW(
@@ -130,6 +128,6 @@ def fit(
 
 
 if __name__ == "__main__":
-    args = get_args()
+    args = arguments.parse(__doc__, task="sonnet", adapter=ReFTConfig, defaults=DEFAULTS, demo=DEMO)
     advice = "" if args.predict_only else ending.TO_RESUME
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

@@ -1,20 +1,49 @@
 """Command-line flags: groups that the scripts share, most of them made of config dataclasses."""
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from finetune.early_stopping import EarlyStoppingConfig
+from finetune.loop import FitConfig
 from finetune.run import INPUTS, OUTPUTS
 from finetune.runtime import PRECISIONS
+from finetune.sampling import SamplingConfig
 from models.config import SIZES
-from modules.settings import UserError, check_number
+from modules.settings import UserError, check_setting, setting
 
 Config = TypeVar("Config")
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of the data to use, in what order."""
+
+    batch_size: int = setting(8, "examples in a batch of each rank", least=1)
+    seed: int = setting(
+        11711,
+        "decides the adapter's initial values, order, dropout and samples",
+        least=0,
+        most=2**32 - 1,
+    )
+    limit_train: int | None = setting(None, "only the first N training examples [all]", least=1)
+    limit_dev: int | None = setting(None, "only the first N of dev and test [all]", least=1)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How many poems to write."""
+
+    num_samples: int = setting(
+        1, "N poems for each held-out sonnet, to choose from, in a second file", least=1
+    )
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -24,10 +53,19 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=36, width=100)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` starts with the script's docstring instead of a list of all flags.
+def parse(
+    description: str,
+    *,
+    task: str,
+    adapter: type,
+    defaults: dict[str, Any],
+    demo: dict[str, Any],
+    argv: list[str] | None = None,
+) -> argparse.Namespace:
+    """Parse a script's command line with its defaults, under `--demo` those of the demo too.
 
-    Flags must be written out: an abbreviation could mean another flag in the next version.
+    `--help` starts with the script's docstring instead of a list of all flags. Flags must be
+    written out: an abbreviation could mean another flag in the next version.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--demo] [--use_gpu] [flags below; defaults in brackets]",
@@ -35,71 +73,126 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    help = "the bundled small model and data: offline, on a CPU, in a minute or two"
+    help = "the bundled small model and data: offline, on a CPU, within minutes"
     parser.add_argument("--demo", action="store_true", help=help)
-    return parser
+    method, title = adapter.method, {"lora": "LoRA", "reft": "ReFT"}[adapter.method]
+    add_files(parser, task, method)
+    add_settings(parser, title, adapter, prefix=f"{method}_")
+    add_settings(parser, "training", FitConfig)
+    add_settings(parser, "early stopping", EarlyStoppingConfig)
+    if task == "sonnet":
+        add_settings(parser, "generation", SamplingConfig, Samples)
+    add_run(parser)
+    add_exchange(parser, method)
+    parser.set_defaults(**defaults)
+    if parser.parse_known_args(argv)[0].demo:
+        parser.set_defaults(**demo)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown[0], parser))
+    for name, value in vars(args).items():
+        if isinstance(value, list):  # of tuples, as `nargs` collects them
+            setattr(args, name, tuple(part for parts in value for part in parts))
+    try:
+        _check_together(args, parser.get_default)
+    except UserError as error:
+        parser.error(str(error))
+    return args
 
 
-def number(kind: type, **bounds: float) -> Callable[[str], float]:
-    """Type of a flag that takes an int or a float within bounds, those of `settings.setting`."""
-    limits = {"above": -float("inf"), "least": -float("inf")}
-    limits |= {"below": float("inf"), "most": float("inf")} | bounds
+def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
+    name = flag.partition("=")[0]
+    nearest = difflib.get_close_matches(name, re.findall(r"--\w+", parser.format_help()), n=1)
+    return f"there is no flag {name}" + (f": did you mean {nearest[0]}?" if nearest else "")
 
-    def convert(text: str) -> Any:
+
+def add_settings(
+    parser: argparse.ArgumentParser, title: str, *configs: type, prefix: str = ""
+) -> None:
+    """A group of flags, one for each field of config dataclasses, with `prefix` in their names."""
+    group = parser.add_argument_group(title)
+    for config in configs:
+        for field in fields(config):
+            hint, help = str(get_type_hints(config)[field.name]), field.metadata["help"]
+            options: dict[str, Any] = {"default": field.default, "help": help}
+            if hint == "<class 'bool'>":
+                options["action"] = "store_true"
+            else:
+                options |= {"type": _converter(field, hint), "metavar": _metavar(field, hint)}
+                options["help"] = help if "[" in help else f"{help} [%(default)s]"
+            if hint.startswith("tuple"):
+                options["nargs"] = "+"
+            group.add_argument(f"--{prefix}{field.name}", **options)
+
+
+def _metavar(field: Field, hint: str) -> str:
+    choices = field.metadata["choices"]
+    if choices is None:
+        return "N" if "int" in hint else "X" if "float" in hint else field.name.upper()
+    named = all(choice in field.metadata["help"] for choice in choices)
+    return field.name.upper() if named else "{" + ",".join(choices) + "}"
+
+
+def _converter(field: Field, hint: str) -> Callable[[str], Any]:
+    """Type of a flag: its text as a value that the field allows, or several between commas."""
+    kind = int if "int" in hint else float if "float" in hint else str
+
+    def convert_one(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            return text
+            return text  # the check says what it should be
 
-    return checked(convert, lambda value: check_number(value, kind, **limits))
-
-
-def checked(convert: Callable[[str], Any], check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Type of a flag whose converted text must pass a check that raises UserError."""
-
-    def convert_and_check(text: str) -> Any:
-        value = convert(text)
+    def convert(text: str) -> Any:
+        parts = tuple(map(convert_one, filter(None, text.split(","))))
+        value = parts if hint.startswith("tuple") else convert_one(text)
         try:
-            check(value)
+            check_setting(field, value)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
         return value
 
-    return convert_and_check
+    return convert
 
 
-def add_settings(
-    parser: argparse.ArgumentParser, title: str, config: type, prefix: str = ""
-) -> Any:
-    """A group of flags, one for each field of a config dataclass, with `prefix` in their names."""
+def config(kind: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
+    """A config dataclass from the flags that `add_settings` made of it."""
+    return kind(**{field.name: getattr(args, prefix + field.name) for field in fields(kind)})
+
+
+def add_files(parser: argparse.ArgumentParser, task: str, method: str) -> None:
+    """The data files in and the prediction files out, each with its default."""
+    if task == "paraphrase":
+        title, out = "data, question pairs (see data/README.md)", f"predictions/{method}-para"
+        files = {
+            "para_train": ("data/quora-train.csv", "to train on"),
+            "para_dev": ("data/quora-dev.csv", "to score after each epoch"),
+            "para_test": ("data/quora-test-student.csv", "to predict, has no labels"),
+            "para_dev_out": (f"{out}-dev-output.csv", "predictions; metrics go beside it"),
+            "para_test_out": (f"{out}-test-output.csv", "predictions"),
+        }
+    else:
+        title, out = "data, numbered poems (see data/README.md)", f"predictions/{method}_generated"
+        files = {
+            "sonnet_path": ("data/sonnets.txt", "to train on, a tenth to validate"),
+            "held_out_sonnet_path": ("data/sonnets_held_out.txt", "to continue in the end"),
+            "dev_sonnet_path": ("data/sonnets_held_out_dev.txt", "to continue after each epoch"),
+            "dev_gold_path": ("data/TRUE_sonnets_held_out_dev.txt", "the same poems, whole"),
+            "sonnet_out": (f"{out}_sonnets.txt", "poems; metrics go beside it"),
+        }
     group = parser.add_argument_group(title)
-    types = get_type_hints(config)
-    for field in fields(config):
-        about, hint = field.metadata, str(types[field.name])
-        options: dict[str, Any] = {"default": field.default, "help": about["help"]}
-        if "[" not in about["help"]:
-            options["help"] += " [%(default)s]"
-        if types[field.name] is bool:
-            options["action"] = "store_true"
-            options["help"] = about["help"]
-        elif about["check"]:
-            options |= {"type": checked(str, about["check"]), "metavar": "WHERE"}
-        elif about["choices"] is not None:
-            options["choices"] = list(about["choices"])
-            if all(choice in about["help"] for choice in options["choices"]):
-                options["metavar"] = field.name.upper()  # else argparse lists them
-        elif "int" in hint:
-            options |= {"type": number(int, **about["bounds"]), "metavar": "N"}
-        elif "float" in hint:
-            options |= {"type": number(float, **about["bounds"]), "metavar": "X"}
-        if hint.startswith("tuple"):
-            options["nargs"] = "+"
-        group.add_argument(f"--{prefix}{field.name}", **options)
-    return group
+    for name, (default, help) in files.items():
+        options = {"type": Path, "default": in_project(default), "metavar": "FILE"}
+        group.add_argument(f"--{name}", help=f"{help} [%(default)s]", **options)
+
+
+def in_project(path: str) -> Path:
+    """A path inside the project, as seen from the working directory."""
+    return Path(os.path.relpath(ROOT / path))
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Model, device, precision, seed, how much to do, and where the run's own files are."""
+    """Model, device, precision, how much to do, and where the run's folder is."""
     group = parser.add_argument_group("run")
 
     def switch(name: str, help: str) -> None:
@@ -109,39 +202,22 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
     help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
     group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
-    help = "examples in a batch of each rank [%(default)s]"
-    group.add_argument("--batch_size", type=number(int, least=1), metavar="N", help=help)
     switch("--use_gpu", "CUDA, else Apple's MPS")
     help = "auto is bf16, or fp16 on GPUs without bf16, or fp32 on a CPU or MPS [auto]"
     precisions = ["auto", *PRECISIONS]
     group.add_argument("--precision", choices=precisions, default="auto", help=help)
     switch("--compile", "torch.compile the model: takes a minute or two to start")
     switch("--gradient_checkpointing", "recompute blocks in the backward: less memory, more time")
-    help = "decides the adapter's initial values, order, dropout and samples [%(default)s]"
-    seed = number(int, least=0, most=2**32 - 1)
-    group.add_argument("--seed", type=seed, default=11711, metavar="N", help=help)
-    for name, what in (("train", "training examples"), ("dev", "of dev and test")):
-        help = f"only the first N {what} [all]"
-        group.add_argument(f"--limit_{name}", type=number(int, least=1), metavar="N", help=help)
+    help = "where each run has its folder [%(default)s]"
+    default = in_project("runs")
+    group.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
+    switch("--resume", "resume this run if it was stopped")
+    switch("--overwrite", "train this run anew, finished or not")
     switch("--predict_only", "no training: predict with the adapter that the same command trained")
-    switch("--resume", "resume the run of the same command that was stopped")
+    switch("--tensorboard", "write TensorBoard logs to the run's folder")
     switch("--deterministic", "on a GPU, the same bits in every run: slower")
     switch("--debug", "show where in the code an error came from, too")
-    for name, folder, help in (
-        ("checkpoint_dir", "checkpoints", "where the best epoch's adapter is kept [%(default)s]"),
-        ("tensorboard", "runs", "write TensorBoard logs [to %(const)s]"),
-    ):
-        path, options = in_project(folder), {"type": Path, "metavar": "FOLDER", "help": help}
-        options |= {"nargs": "?", "const": path} if name == "tensorboard" else {"default": path}
-        group.add_argument(f"--{name}", **options)
-
-
-def add_num_samples(group: Any) -> None:
-    """How many poems to write."""
-    help = "K poems for each of the held-out sonnets, to choose from, in a second file"
-    group.add_argument(
-        "--num_samples", type=number(int, least=1), default=1, metavar="K", help=help
-    )
+    add_settings(parser, "amounts", Amounts)
 
 
 def add_exchange(parser: argparse.ArgumentParser, method: str) -> None:
@@ -163,68 +239,11 @@ def _not_for_reft(text: str) -> Path:
     )
 
 
-def add_files(parser: argparse.ArgumentParser, title: str, files: dict[str, tuple[str, str]]):
-    """A group of flags for files: name -> default, meaning."""
-    group = parser.add_argument_group(title)
-    for name, (default, help) in files.items():
-        options = {"type": Path, "default": in_project(default), "metavar": "FILE"}
-        group.add_argument(f"--{name}", help=f"{help} [%(default)s]", **options)
-
-
-def add_paraphrase_files(parser: argparse.ArgumentParser, method: str) -> None:
-    """The question-pair files in and the prediction files out."""
-    out = f"predictions/{method}-para"
-    files = {
-        "para_train": ("data/quora-train.csv", "to train on"),
-        "para_dev": ("data/quora-dev.csv", "to score after each epoch"),
-        "para_test": ("data/quora-test-student.csv", "to predict, has no labels"),
-        "para_dev_out": (f"{out}-dev-output.csv", "predictions; metrics go beside it"),
-        "para_test_out": (f"{out}-test-output.csv", "predictions"),
-    }
-    add_files(parser, "data, tab-separated question pairs (see data/README.md)", files)
-
-
-def add_sonnet_files(parser: argparse.ArgumentParser, method: str) -> None:
-    """The sonnet files in and out."""
-    files = {
-        "sonnet_path": ("data/sonnets.txt", "to train on, a tenth to validate"),
-        "held_out_sonnet_path": ("data/sonnets_held_out.txt", "to continue in the end"),
-        "dev_sonnet_path": ("data/sonnets_held_out_dev.txt", "to continue after each epoch"),
-        "dev_gold_path": ("data/TRUE_sonnets_held_out_dev.txt", "the same poems, whole"),
-        "sonnet_out": (f"predictions/{method}_generated_sonnets.txt", "poems; metrics beside it"),
-    }
-    add_files(parser, "data, numbered poems (see data/README.md)", files)
-
-
-def in_project(path: str) -> Path:
-    """A path inside the project, as seen from the working directory."""
-    return Path(os.path.relpath(ROOT / path))
-
-
-def demo_files(**names: str) -> dict[str, Any]:
-    """Flag -> file of `data/`, for the demos."""
-    return {flag: DATA / name for flag, name in names.items()}
-
-
-def parse(
-    parser: argparse.ArgumentParser, defaults: dict[str, Any], demo: dict[str, Any]
-) -> argparse.Namespace:
-    """Parse the command line with a script's defaults, under `--demo` those of the demo too."""
-    parser.set_defaults(**defaults)
-    if parser.parse_known_args()[0].demo:
-        parser.set_defaults(**demo)
-    args = parser.parse_args()
-    try:
-        _check_together(args, parser.get_default)
-    except UserError as error:
-        parser.error(str(error))
-    return args
-
-
 def _check_together(args: argparse.Namespace, default: Callable[[str], Any]) -> None:
     """Raise UserError for flags that are right one by one but contradict each other."""
-    if args.predict_only and args.resume:
-        raise UserError("--resume beside --predict_only, which trains nothing")
+    modes = [name for name in ("predict_only", "resume", "overwrite") if getattr(args, name)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other: give one of them")
     if getattr(args, "import_peft", None):
         for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
             if getattr(args, name) != default(name):
@@ -252,9 +271,3 @@ def _check_together(args: argparse.Namespace, default: Callable[[str], Any]) -> 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Path]:
     return {name: getattr(args, name) for name in names if getattr(args, name, None)}
-
-
-def config(kind: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
-    """A config dataclass from the flags that `add_settings` made of it."""
-    values = {field.name: getattr(args, prefix + field.name) for field in fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -9,49 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.files import replacing
+from finetune.files import write_files
 from finetune.runtime import STEADIER, Runtime
 from models.pretrained import first_line, read_plain
 from modules.adapters import adapter_state, load_adapter_state
 from modules.settings import UserError
 
 
-@dataclass(frozen=True)
-class AdapterCheckpoint:
-    """The file of a model's adapter; `about` must match between the saving and the loading run."""
+def save_adapter(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Write a model's adapter, with plain values that say what it is."""
+    write_files({path: _serialized({"about": about, "adapter": finite_adapter(model)})})
 
-    path: Path
-    model: nn.Module
-    about: dict[str, Any]
-    runtime: Runtime
 
-    def save(self, record: dict[str, Any]) -> None:
-        """Write the adapter with `about` and `record`, plain values."""
-        if self.runtime.is_main:
-            _write(self.path, {"about": self.about | record, "adapter": finite_adapter(self.model)})
+def load_adapter(
+    path: Path, model: nn.Module, identity: dict[str, Any], runtime: Runtime
+) -> dict[str, Any]:
+    """Read an adapter into a model; returns what is saved about it.
 
-    def load(self) -> dict[str, Any]:
-        """Read the adapter into the model; returns what is saved about it.
-
-        Raises UserError, naming both sides, for the adapter of another run.
-        """
-        saved_about, state = self.runtime.from_main(lambda: read_adapter(self.path))
-        for key, value in self.about.items():
-            if saved_about.get(key) != value:
-                raise UserError(
-                    f"{self.path} has {key} {saved_about.get(key)}, this run has {value}"
-                )
-        try:
-            load_adapter_state(self.model, state)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
-        return saved_about
+    Raises UserError, naming both sides, if that differs from `identity`.
+    """
+    about, state = runtime.from_main(lambda: read_adapter(path))
+    for key, value in identity.items():
+        if about.get(key) != value:
+            raise UserError(f"{path} has {key} {about.get(key)}, this run has {value}")
+    try:
+        load_adapter_state(model, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return about
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What an adapter's file says about it, and its tensors; raises UserError."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: train first, with the same flags")
     saved = read_plain(path)
     saved = saved if isinstance(saved, dict) else {}
     about, state = saved.get("about"), saved.get("adapter")
@@ -76,34 +65,31 @@ def finite_adapter(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """`....resume.pt` beside a run's checkpoint: the run's state, until it has ended.
-
-    `flags` are all that the run's result depends on, `state` is what `open` found.
-    """
+    """The state of a run that has not ended; `state` is what `open` found."""
 
     path: Path
-    flags: dict[str, str]
+    conditions: dict[str, str]  # what must be the same for the run to end as if never stopped
     runtime: Runtime
     state: dict[str, Any] | None = None
 
     @classmethod
     def open(
-        cls, path: Path, flags: dict[str, str], wanted: bool, runtime: Runtime
+        cls, path: Path, conditions: dict[str, str], wanted: bool, runtime: Runtime
     ) -> "ResumeFile":
         """Read the file if it exists and is `wanted`.
 
-        Raises UserError if it exists and is not wanted, or is of a run with other flags.
+        Raises UserError if it exists and is not wanted, or was saved under other conditions.
         """
         found = runtime.from_main(path.exists)
         if found and not wanted:
             raise UserError(
-                f"{path} is of a run that was stopped: --resume resumes it, without the file the "
-                "run starts anew"
+                f"{path.parent} is an unfinished run of this command: --resume resumes it, "
+                "--overwrite starts it anew"
             )
         if wanted and not found:
             print(f"{path} does not exist: starting at the beginning")
-        state = runtime.from_main(lambda: _read_state(path, flags)) if found else None
-        return cls(path, flags, runtime, state)
+        state = runtime.from_main(lambda: _read_state(path, conditions)) if found else None
+        return cls(path, conditions, runtime, state)
 
     def restore(self, load: Callable[[dict[str, Any]], None]) -> None:
         """Call `load` with the state; raises UserError if that fails."""
@@ -111,34 +97,35 @@ class ResumeFile:
             load(self.state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{self.path} is damaged ({first_line(error)}): without it the run starts anew"
+                f"{self.path} is damaged ({first_line(error)}): --overwrite starts the run anew"
             ) from error
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state, which all ranks have in common."""
         if self.runtime.is_main:
-            _write(self.path, {"flags": self.flags, "state": state})
+            content = {"conditions": self.conditions, "state": state}
+            write_files({self.path: _serialized(content)})
 
     def remove(self) -> None:
         """The run has ended."""
         self.path.unlink(missing_ok=True)
 
 
-def _read_state(path: Path, flags: dict[str, str]) -> dict[str, Any]:
+def _read_state(path: Path, conditions: dict[str, str]) -> dict[str, Any]:
     saved = read_plain(path)
-    if not (isinstance(saved, dict) and isinstance(saved.get("flags"), dict) and "state" in saved):
+    if not (isinstance(saved, dict) and saved.keys() == {"conditions", "state"}):
         raise UserError(f"{path} is not a resume file of this project")
-    for name in flags | saved["flags"]:
-        if flags.get(name) != saved["flags"].get(name):
+    for name, value in conditions.items():
+        before = saved["conditions"].get(name) if isinstance(saved["conditions"], dict) else None
+        if before != value:
             raise UserError(
-                f"{path} is of a run with {name} {saved['flags'].get(name)}, here it is "
-                f"{flags.get(name)}: give the same flags; without the file the run starts anew"
+                f"{path} is of a run with {name} {before}, here it is {value}: give the same, or "
+                "start anew with --overwrite"
             )
     return saved["state"]
 
 
-def _write(path: Path, content: Any) -> None:
-    buffer = io.BytesIO()  # torch.save words its own errors of writing a file in other ways
+def _serialized(content: Any) -> bytes:
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    return buffer.getvalue()

@@ -1,6 +1,7 @@
 """How a run ends: exit codes, one sentence for what a user can mend, signals."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from finetune.files import release
 from finetune.runtime import LESS_MEMORY, torchrun_place
 from modules.settings import UserError
 
@@ -19,6 +19,10 @@ OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memor
 PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TO_RESUME = "the same command with --resume resumes it"
+
+
+class Finished(Exception):
+    """There is nothing left to do; the message says why."""
 
 
 class Interrupted(BaseException):
@@ -49,13 +53,18 @@ def held_signals() -> Iterator[Callable[[], int]]:
 
 
 def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> None:
-    """Call a script's main and exit: what a user can mend ends in one sentence and exit code 1.
+    """Call a script's main: what a user can mend ends in one sentence and exit code 1.
 
     SIGTERM ends in 143, SIGINT in 130 and SIGHUP in 129, with `advice`. With `debug` the traceback
     is shown too. Of several ranks only rank 0 prints.
     """
-    for stream in (sys.stdout, sys.stderr):  # no character is worth a run; logs can be followed
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            # No character is worth a run; logs can be followed.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if torchrun_place()[0]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
     if not dist.is_torchelastic_launched():  # its processes end at once, waiting or not
@@ -69,6 +78,8 @@ def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> N
             dist.barrier()  # until rank 0 has written everything
     except SystemExit:
         raise
+    except Finished as finished:
+        print(finished)
     except BaseException as error:
         if debug:
             traceback.print_exc()
@@ -98,7 +109,6 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _exit(code: int, reason: str) -> None:
-    release()
     rank = torchrun_place()[0]
     if code == 1:
         if rank:  # if rank 0 fails as well, torchrun ends this one before it says so too
@@ -107,7 +117,9 @@ def _exit(code: int, reason: str) -> None:
     if reason and (code == 1 or not rank):
         print(reason, file=sys.stderr)
     if not dist.is_initialized():
-        sys.exit(code)
+        if code:
+            sys.exit(code)
+        return
     sys.stdout.flush()
     # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter while
     # it shuts down: exit without that.

@@ -1,34 +1,38 @@
-"""Write files atomically, and keep two runs from writing the same one."""
+"""Write files atomically, and keep two runs from writing the same ones."""
 
 import contextlib
 import filecmp
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-_locks: dict[Path, FileLock] = {}
 
+def write_files(contents: dict[Path, str | bytes]) -> None:
+    """Write files as one set: all are on the disk before the first of them takes its name.
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it replaces `path`, else it is removed.
-
-    Raises OSError, with a sentence, if that fails; `path` is then unchanged.
+    Raises OSError, with a sentence, if one cannot be written; then none has changed.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _explained(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _flush_to_disk(temporary)
-            os.replace(temporary, path)
-            _flush_to_disk(path.parent)
-        finally:
+    temporaries: dict[Path, Path] = {}
+    try:
+        for path, content in contents.items():
+            with _explained(path):
+                path = Path(os.path.realpath(path))  # a link stays one
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporaries[path] = path.with_name(f".{path.name}.tmp")
+                data = content.encode() if isinstance(content, str) else content
+                temporaries[path].write_bytes(data)
+                _flush_to_disk(temporaries[path])
+        for path, temporary in temporaries.items():
+            with _explained(path):
+                os.replace(temporary, path)
+        for folder in {path.parent for path in temporaries}:
+            _flush_to_disk(folder)
+    finally:
+        for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
@@ -56,44 +60,31 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+def lock(path: Path, busy: str, timeout: float = 0) -> FileLock:
+    """Lock a file until the lock is released or the process ends.
 
-
-def claim(paths: Iterable[Path]) -> None:
-    """Take an exclusive lock on each output file until `release()` or exit.
-
-    Makes their folders. Raises OSError if one cannot be written or another run has locked it.
+    Raises OSError with the sentence `busy` if another process holds it for `timeout` seconds.
     """
-    for path in paths:
-        with _explained(path):
-            if path.exists() and not path.is_file():
-                what = "a folder" if path.is_dir() else "no regular file"
-                raise OSError(f"{path} is {what}, a file is to be written there")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            target = Path(os.path.realpath(path))
-            lock_path = target.with_name(f".{target.name}.lock")
-            if lock_path not in _locks:
-                lock = FileLock(lock_path, timeout=0)
-                try:
-                    lock.acquire()
-                except Timeout:
-                    raise OSError(
-                        f"another run is writing {path}: wait for its end, or give this one other "
-                        "files"
-                    ) from None
-                _locks[lock_path] = lock
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path, timeout=timeout, is_singleton=True, thread_local=False)
+        try:
+            held.acquire()
+        except Timeout:
+            raise OSError(busy) from None
+    return held
 
 
-def release() -> None:
-    """Release all locks."""
-    for path, lock in _locks.items():
-        with contextlib.suppress(OSError):
-            path.unlink()
-        lock.release()
-    _locks.clear()
+def check_writable(path: Path) -> None:
+    """Raise OSError unless a regular file can be written at `path`, now or later."""
+    with _explained(path):
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "no regular file"
+            raise OSError(f"{path} is {what}, a file is to be written there")
+        folder = Path(os.path.realpath(path)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"{folder} is not writable, {path.name} is to be written there")
 
 
 @contextlib.contextmanager
@@ -125,3 +116,15 @@ def _same_files(first: Path, second: Path) -> bool:
     if not second.is_dir() or names != sorted(os.listdir(second)):
         return False
     return not any(filecmp.cmpfiles(first, second, names, shallow=False)[1:])
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_files({Path(path): text})
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    temporary = Path(path).with_name(f".{Path(path).name}.new")
+    yield temporary
+    write_files({Path(path): temporary.read_bytes()})
+    temporary.unlink()

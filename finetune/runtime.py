@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ class Runtime:
     autocast_dtype: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
+
+    @property
+    def device_name(self) -> str:
+        """What a person calls the device."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
 
     @property
     def is_main(self) -> bool:
@@ -176,6 +184,13 @@ def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.devic
         return device
     if torch.backends.mps.is_available() and world_size == 1:
         return torch.device("mps")
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        raise UserError(
+            "--use_gpu: there is an NVIDIA driver, but it is too old for this PyTorch's CUDA "
+            f"{torch.version.cuda}, or PyTorch is a CPU build: update the driver, or install "
+            f"torch=={torch.__version__.partition('+')[0]} for an older CUDA (pytorch.org shows "
+            "the command)"
+        )
     raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
 
 

@@ -43,7 +43,7 @@ class ReFTConfig:
         choices=ACTIVATIONS,
     )
     locations: tuple[str, ...] = setting(
-        tuple(LOCATIONS), "intervene after these parts of a block [both]", choices=LOCATIONS
+        ("attention",), "intervene after attention, ffn or both [attention]", choices=LOCATIONS
     )
     layers: tuple[int, ...] | None = setting(
         None, "blocks with interventions, counted from 0 [all]", least=0

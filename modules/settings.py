@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any
 
 
@@ -30,7 +30,32 @@ def setting(
     return field(default=default, metadata=about)
 
 
-def check_number(
+def check_settings(config: Any) -> None:
+    """Raise UserError for the first field of a config whose value is not allowed."""
+    for f in fields(config):
+        try:
+            check_setting(f, getattr(config, f.name))
+        except UserError as error:
+            raise UserError(f"{type(config).__name__}.{f.name}: {error}") from None
+
+
+def check_setting(f: Field, value: Any) -> None:
+    """Raise UserError unless the field made by `setting` allows the value, or all of a tuple."""
+    choices = f.metadata["choices"]
+    if f.metadata["check"]:
+        f.metadata["check"](value)
+    elif choices is not None:
+        chosen = value if isinstance(value, tuple) else (value,)
+        if not chosen or set(chosen) - set(choices):
+            shown = ", ".join(map(str, chosen))
+            raise UserError(f"{shown or 'nothing'!r} is not one of {', '.join(choices)}")
+    elif value is not None and not isinstance(value, bool):
+        for number in value if isinstance(value, tuple) else (value,):
+            kind = int if isinstance(f.default, int | None) else float
+            _check_number(number, kind, **f.metadata["bounds"])
+
+
+def _check_number(
     value: Any, kind: type, above: float, least: float, below: float, most: float
 ) -> None:
     """Raise UserError unless `value` is a finite number of this kind (int or float) in range."""
@@ -46,22 +71,3 @@ def check_number(
     noun = "a number" if kind is float else "a whole number"
     shown = f"{value:g}" if isinstance(value, float) else repr(value)
     raise UserError(f"{shown} is not {noun} {' and '.join(allowed)}".rstrip())
-
-
-def check_settings(config: Any) -> None:
-    """Raise UserError for the first field of a config whose value is not allowed."""
-    for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        try:
-            if f.metadata["check"]:
-                f.metadata["check"](value)
-            elif choices is not None:
-                chosen = value if isinstance(value, tuple) else (value,)
-                if not chosen or set(chosen) - set(choices):
-                    raise UserError(f"{value!r} is not one of {', '.join(choices)}")
-            elif value is not None and not isinstance(value, bool | str):
-                for number in value if isinstance(value, tuple) else (value,):
-                    kind = int if isinstance(f.default, int | None) else float
-                    check_number(number, kind, **f.metadata["bounds"])
-        except UserError as error:
-            raise UserError(f"{type(config).__name__}.{f.name}: {error}") from None

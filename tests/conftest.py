@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,8 +15,8 @@ from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, load_tokenizer
 from modules import onednn
 from modules.adapters import trainable
+from tests.scripts import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 QUORA = ROOT.parent / "shared" / "data" / "quora"
 COURSE_SONNETS = ROOT.parent / "shared" / "data" / "course-sonnets"
 
@@ -37,35 +35,6 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults")
     group.addoption("--kills", type=int, default=20, help="how many runs test_faults.py kills")
     group.addoption("--fault_seed", type=int, default=0, help="decides when it kills them")
-
-
-def script_command(
-    script: str, folder: Path, *flags: str | Path, processes: int = 1
-) -> list[str | Path]:
-    """The command line of one of the four scripts, all that it writes going to `folder`."""
-    if "sonnet" in script:
-        out = ["--sonnet_out", folder / "poems.txt"]
-    else:
-        out = ["--para_dev_out", folder / "dev.csv", "--para_test_out", folder / "test.csv"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher = [*torchrun, "--standalone"] if processes > 1 else [sys.executable]
-    return [*launcher, ROOT / script, "--checkpoint_dir", folder, *out, *flags]
-
-
-def run_script(
-    script: str,
-    folder: Path,
-    *flags: str | Path,
-    check: bool = True,
-    processes: int = 1,
-    env: dict | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run one of the four scripts as a person does."""
-    command = script_command(script, folder, *flags, processes=processes)
-    env = os.environ | (env or {})
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def pyreft_interventions() -> ModuleType:

@@ -13,12 +13,15 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, script_command
+from finetune.run import is_finished
+from tests.scripts import launched, run_folder, script_flags, start_script, wait_for
 
 PAIRS = "--demo --limit_train 150 --limit_dev 40 --epochs 3 --save_every 4"
 POEMS = "--demo --limit_train 30 --limit_dev 4 --epochs 3 --save_every 2 --max_new_tokens 40"
@@ -41,23 +44,6 @@ RUNS = {  # name -> script, flags, processes
     "reft_poems": ("reft_sonnet_generation.py", f"{POEMS} --num_samples 2", 1),
     "two_processes": ("lora_paraphrase_detection.py", f"{PAIRS} --batch_size 6 --grad_accum 2", 2),
 }
-# Runs a script that kills itself at a call of os.fsync or os.replace, before or after it is done.
-KILLER = f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-_, name, number, moment, *sys.argv = sys.argv
-real, calls = getattr(os, name), 0
-def call(*args):
-    global calls
-    calls += 1
-    for now in ("before", "after"):
-        if now == "after":
-            real(*args)
-        if now == moment and calls == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
-setattr(os, name, call)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 faults = {"injected": 0, "survived": 0}
 
 
@@ -77,36 +63,53 @@ def fault(n: int = 1) -> Iterator[None]:
     faults["survived"] += n
 
 
-def start(name: str, folder: Path, *flags: str | Path, killer: tuple[str, ...] = ()):
-    """A run in the background, on one thread; `killer` is what KILLER takes."""
-    script, own, processes = RUNS[name]
-    command = script_command(script, folder, *own.split(), *flags, processes=processes)
-    if killer:
-        command[1:1] = ["-c", KILLER, *killer]
-    folder.mkdir(exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with open(folder.with_suffix(".log"), "wb") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, cwd=folder, env=env)
+def log(folder: Path) -> Path:
+    return folder.with_suffix(".log")
 
 
 def output(folder: Path) -> str:
-    return folder.with_suffix(".log").read_text(errors="replace")
+    return log(folder).read_text(errors="replace")
+
+
+def start(name: str, folder: Path, *flags: str | Path, killer=None) -> BaseProcess | Popen:
+    """A run in the background; `killer` is what `scripts.start_script` takes."""
+    script, own, processes = RUNS[name]
+    flags = (*own.split(), *map(str, flags))
+    if processes == 1:
+        return start_script(script, folder, *flags, out=log(folder), killer=killer)
+    folder.mkdir(exist_ok=True)
+    command = launched(script, (*script_flags(script, folder), *flags), processes)
+    with open(log(folder), "wb") as out:
+        return Popen(command, stdout=out, stderr=out, cwd=folder)
+
+
+def wait(process: BaseProcess | Popen, timeout: float | None = None) -> int | None:
+    """The exit code, None if the process has not ended within the time."""
+    if isinstance(process, BaseProcess):
+        process.join(timeout)
+        return process.exitcode
+    with contextlib.suppress(TimeoutExpired):
+        process.wait(timeout)
+    return process.returncode
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """All of a finished run that has to be the same; it must have left nothing else behind."""
-    (checkpoint,) = folder.glob("*.pt")  # no resume file
-    (metrics,) = (json.loads(path.read_text()) for path in folder.glob("*-metrics.json"))
-    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
-    assert not hidden
+    """All of a finished run that must be the same; it must have left nothing else behind."""
+    run = run_folder(folder)
+    assert is_finished(run)
+    (checkpoint,) = run.glob("*.pt")
+    metrics = json.loads((run / "run.json").read_text())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    hidden = {path.name for path in files if path.name.startswith(".")}
+    assert hidden <= {".lock"}
     saved = torch.load(checkpoint, weights_only=True)
     return {
         "adapter": {name: x.numpy().tobytes() for name, x in saved["adapter"].items()},
         "about": saved["about"],
         "files": {
             path.relative_to(folder): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.suffix in (".csv", ".txt") or path.parent != folder
+            for path in files
+            if path.suffix in (".csv", ".txt") or path.parent.name in ("adapter", "model")
         },
         "history": metrics["history"],
         "final": metrics["final"],
@@ -120,7 +123,7 @@ def undisturbed(tmp_path_factory):
 
     def make(name: str) -> tuple[dict[str, object], float]:
         began = time.monotonic()
-        assert start(name, folders[name]).wait() == 0, output(folders[name])
+        assert wait(start(name, folders[name])) == 0, output(folders[name])
         return outcome(folders[name]), time.monotonic() - began
 
     with ThreadPoolExecutor(2) as pool:
@@ -137,17 +140,16 @@ def kill_once(name: str, folder: Path, seconds: float, rng: random.Random) -> bo
     """Start the run, or resume it, and kill all its processes at random; False if it ended."""
     if RUNS[name][2] == 1 and rng.random() < 0.5:
         moment = rng.choice(["before", "after"])
-        killer = rng.choice(["fsync", "replace"]), str(rng.randrange(1, 12)), moment
+        killer = rng.choice(["fsync", "replace"]), rng.randrange(1, 12), moment
         process = start(name, folder, "--resume", killer=killer)
-        process.wait()
+        wait(process)
     else:
         process = start(name, folder, "--resume")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.3, 1) * seconds)
+        wait(process, rng.uniform(0.05, 1) * seconds)
     process.kill()
     if RUNS[name][2] > 1:  # torchrun's are no children of this process
-        subprocess.run(["pkill", "-KILL", "-f", f"checkpoint_dir {folder} "], check=False)
-    ended = process.wait()
+        subprocess.run(["pkill", "-KILL", "-f", f"runs_dir {folder}/runs "], check=False)
+    ended = wait(process)
     assert ended in (0, -signal.SIGKILL), output(folder)
     return ended != 0
 
@@ -164,18 +166,11 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(undisturbed, tmp_path, 
                 killed += 1
             with fault(killed):
                 if killed == most:
-                    assert start(name, folder, "--resume").wait() == 0, output(folder)
+                    assert wait(start(name, folder, "--resume")) == 0, output(folder)
                 assert outcome(folder) == expected
             left -= killed
 
     side_by_side(endure, [name for name in RUNS if RUNS[name][2] == 1 or shutil.which("pkill")])
-
-
-def say_when(folder: Path, text: str, process: subprocess.Popen) -> None:
-    """Wait until the run has printed `text`."""
-    while text not in output(folder):
-        assert process.poll() is None, output(folder)
-        time.sleep(0.02)
 
 
 SIGNALS = [
@@ -191,38 +186,45 @@ def test_a_signal_ends_a_run_with_advice_and_its_usual_code(undisturbed, tmp_pat
         name, signum, moment = case
         folder = tmp_path / name
         process = start(name, folder)
-        say_when(folder, moment, process)
+        wait_for(log(folder), moment, process)
         with fault():
-            process.send_signal(signum)
-            code = process.wait(timeout=60)
+            os.kill(process.pid, signum)
+            code = wait(process, timeout=60)
             advice = "the same command with --resume resumes it"
             assert f"stopped by {signum.name}: {advice}\n" in output(folder)
             if name != "two_processes":  # torchrun has a code and a traceback of its own
                 assert code == 128 + signum
                 assert "Traceback" not in output(folder)
-            if list(folder.glob("*.resume.pt")):
-                assert start(name, folder).wait() != 0
-                assert "is of a run that was stopped: --resume resumes it" in output(folder)
-            assert start(name, folder, "--resume").wait() == 0, output(folder)
+            if (run_folder(folder) / "resume.pt").exists():
+                assert wait(start(name, folder)) != 0
+                assert "unfinished run of this command: --resume resumes it" in output(folder)
+            assert wait(start(name, folder, "--resume")) == 0, output(folder)
             assert outcome(folder) == undisturbed[name][0]
 
     side_by_side(stop, SIGNALS)
 
 
-def test_of_two_runs_with_the_same_files_the_second_is_refused(undisturbed, tmp_path):
-    folder, other = tmp_path / "run", tmp_path / "other"
+def test_the_same_run_twice_at_once_is_refused_and_another_is_not(undisturbed, tmp_path):
+    folder = tmp_path / "run"
     process = start("lora_pairs", folder)
-    say_when(folder, "epoch 1/3:", process)
-    process.send_signal(signal.SIGSTOP)
+    wait_for(log(folder), "epoch 1/3:", process)
+    os.kill(process.pid, signal.SIGSTOP)
+    first = output(folder)
     with fault(3):
-        same_checkpoint = "--checkpoint_dir", folder
-        same_predictions = "--para_dev_out", folder / "dev.csv"
-        for flags in (same_checkpoint, same_predictions, [*same_predictions, "--predict_only"]):
-            assert start("lora_pairs", other, *flags).wait() == 1
-            assert "error: another run is writing " in output(other)
-        process.send_signal(signal.SIGCONT)
-        assert process.wait() == 0, output(folder)
-        assert outcome(folder) == undisturbed["lora_pairs"][0]
+        for flags in ([], ["--resume"], ["--predict_only"]):
+            assert wait(start("lora_pairs", folder, *flags)) == 1
+            assert "error: another process is at this run, " in output(folder)
+        log(folder).write_text(first)
+        other = ["--seed", "2", "--export_peft", "a2", "--export_merged", "m2"]
+        assert wait(start("lora_pairs", folder, *other)) == 0, output(folder)
+        os.kill(process.pid, signal.SIGCONT)
+        assert wait(process) == 0, output(folder)
+        names = sorted((folder / "runs").glob("[!.]*"))
+        assert len(names) == 2
+        shown = json.loads((folder / "lora-paraphrase-metrics.json").read_text())["name"]
+        (newest,) = (path for path in names if path.name == shown)
+        dev = (newest / "lora-para-dev-output.csv").read_bytes()
+        assert (folder / "dev.csv").read_bytes() == dev
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -232,24 +234,21 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_a_damaged_resume_file_is_refused_and_nothing_touched(tmp_path):
     folder = tmp_path / "run"
     process = start("lora_pairs", folder)
-    say_when(folder, "epoch 2/3:", process)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
-    (path,) = folder.glob("*.resume.pt")
+    wait_for(log(folder), "epoch 2/3:", process)
+    os.kill(process.pid, signal.SIGTERM)
+    wait(process)
+    path = run_folder(folder) / "resume.pt"
     whole = path.read_bytes()
+    damage = " is damaged or was not written by torch.save"
     for damaged, flags, sentence in (
-        (whole[: len(whole) // 2], [], " is damaged or was not written by torch.save"),
-        (
-            random.Random(0).randbytes(len(whole)),
-            [],
-            " is damaged or was not written by torch.save",
-        ),
-        (whole, ["--batch_size", "7"], " is of a run with --batch_size 12, here it is 7: "),
+        (whole[: len(whole) // 2], [], damage),
+        (random.Random(0).randbytes(len(whole)), [], damage),
+        (whole, ["--gradient_checkpointing"], " is of a run with --gradient_checkpointing False, "),
     ):
         path.write_bytes(damaged)
         before = contents(folder)
         with fault():
-            assert start("lora_pairs", folder, "--resume", *flags).wait() == 1
+            assert wait(start("lora_pairs", folder, "--resume", *flags)) == 1
             assert f"{path.name}{sentence}" in output(folder).splitlines()[-1]
             assert contents(folder) == before
 
@@ -266,10 +265,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk, undisturbed):
+def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk):
     name, folder = "reft_pairs", small_disk
-    flags = "--reft_rank", "32"  # 3 MB of a run's state
-    assert start(name, folder, *flags).wait() == 0, output(folder)
+    flags = "--reft_rank", "64"  # 3 MB of a run's state
+    assert wait(start(name, folder, *flags)) == 0, output(folder)
     done = outcome(folder)
     filler = folder / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
@@ -277,18 +276,18 @@ def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk, undisturbe
             file.write(bytes(4096))
     filled = contents(folder)
     with fault(2):
-        for more in ([], ["--predict_only"]):
-            assert start(name, folder, *flags, *more).wait() == 1
+        for more in (["--predict_only"], ["--seed", "2"]):
+            assert wait(start(name, folder, *flags, *more)) == 1
             last = output(folder).splitlines()[-1]
             assert last.startswith(f"error: {folder}/"), output(folder)
             assert "cannot be written: No space left on device; it is unchanged" in last
-            assert contents(folder) == filled
+            left = {path: data for path, data in contents(folder).items() if path in filled}
+            assert left == filled
     with fault():
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        assert start(name, folder, *flags).wait() == 1
+        assert wait(start(name, folder, *flags, "--predict_only")) == 1
         assert "cannot be written: Read-only file system" in output(folder).splitlines()[-1]
-        assert "epoch 1/3:" not in output(folder)
         subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
     filler.unlink()
-    assert start(name, folder, *flags, "--resume").wait() == 0, output(folder)
+    assert wait(start(name, folder, *flags, "--predict_only")) == 0, output(folder)
     assert outcome(folder) == done

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from data.sonnets import read_sonnets
 from finetune.metrics import chrf
-from tests.conftest import ROOT, narrow_hf_model, run_script
+from tests.conftest import narrow_hf_model
+from tests.scripts import ROOT, run_folder, run_script
 
 SHORT = ["--demo", "--limit_train", "30", "--limit_dev", "4", "--epochs", "2"]
 NAME = "lora-gpt2-nano-2-0.002-4-sonnet.pt"
@@ -60,24 +62,22 @@ def test_two_dev_poems_are_shown_whenever_an_epoch_is_the_best(finished):
         assert lines[lines.index(str(sonnet.number)) + 1] == sonnet.lines[0]
 
 
-def test_predict_only_repeats_the_poems_or_takes_other_decoding_flags(finished, tmp_path):
+def test_predict_only_takes_other_decoding_flags_and_records_them(finished, tmp_path):
     folder, _ = finished
-    (tmp_path / NAME).write_bytes((folder / NAME).read_bytes())
-    done = run(tmp_path, *SHORT, "--predict_only")
-    assert "epoch 1" not in done.stdout
-    assert (tmp_path / OUT).read_bytes() == (folder / OUT).read_bytes()
-    assert not (tmp_path / "lora-sonnet-metrics.json").exists()
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    poems = (folder / OUT).read_bytes()
     flags = "--greedy --max_lines 5 --repetition_penalty 1.2 --no_repeat_ngram_size 4"
-    run(tmp_path, *SHORT, "--predict_only", *flags.split())
+    done = run(tmp_path, *SHORT, "--predict_only", *flags.split())
+    assert "epoch 1" not in done.stdout
     assert {len(poem.lines) for poem in read_sonnets(tmp_path / OUT)} == {5}
-
-
-def test_samples_to_choose_from(finished, tmp_path):
-    folder, _ = finished
-    (tmp_path / NAME).write_bytes((folder / NAME).read_bytes())
+    metrics = json.loads((tmp_path / "lora-sonnet-metrics.json").read_text())
+    assert metrics["predicted_with"]["max_lines"] == 5
+    assert metrics["arguments"]["max_lines"] == 14
+    assert len(metrics["history"]) == 2
     run(tmp_path, *SHORT, "--predict_only", "--num_samples", "3")
-    poems = read_sonnets(tmp_path / OUT)
+    assert (tmp_path / OUT).read_bytes() == poems
     samples = read_sonnets(tmp_path / "poems_samples.txt")
+    poems = read_sonnets(tmp_path / OUT)
     assert [poem.number for poem in samples] == [poem.number for poem in poems for _ in range(3)]
     assert samples[::3] == poems
     assert len({poem.lines for poem in samples}) == 12
@@ -87,7 +87,9 @@ def test_samples_to_choose_from(finished, tmp_path):
 def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     folder, _ = finished
     run(tmp_path, *SHORT)
-    first, second = (torch.load(d / NAME, weights_only=True)["adapter"] for d in (folder, tmp_path))
+    first, second = (
+        torch.load(run_folder(d) / NAME, weights_only=True)["adapter"] for d in (folder, tmp_path)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / OUT).read_bytes() == (folder / OUT).read_bytes()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune.runtime import Runtime
-from tests.conftest import ROOT, run_script
+from tests.scripts import ROOT, run_script
 
 PAIRS = ["--demo", "--limit_train", "41", "--limit_dev", "70", "--epochs", "2"]
 POEMS = ["--demo", "--limit_train", "9", "--limit_dev", "3", "--epochs", "2"]
@@ -90,13 +90,16 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
 
             if os.environ["RANK"] == "{rank}":
                 script.datasets.load_pairs = broken_disk
-            args = script.get_args()
+            args = script.arguments.parse(
+                "", task="paraphrase", adapter=script.LoRAConfig, defaults=script.DEFAULTS,
+                demo=script.DEMO,
+            )
             script.ending.run(lambda: script.main(args))
             """
         )
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command = [*torchrun, program, *PAIRS, "--checkpoint_dir", tmp_path / "checkpoints"]
+    command = [*torchrun, program, *PAIRS, "--runs_dir", tmp_path / "runs"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     who = " on rank 1" if rank else ""

@@ -21,6 +21,7 @@ from modules.settings import UserError
 from tests.conftest import pyreft_interventions
 
 C, R = 12, 3
+BOTH = ("attention", "ffn")
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
@@ -119,7 +120,7 @@ FRESH = [(kind, act) for kind, act in FRESH if kind not in ("loreft", "noreft") 
 def test_a_fresh_intervention_is_the_identity_and_can_learn(gpt, kind, activation):
     ids = torch.randint(0, 101, (2, 9))
     before = gpt(ids)["last_hidden_state"].detach()
-    add_reft(gpt, ReFTConfig(kind, activation=activation))
+    add_reft(gpt, ReFTConfig(kind, activation=activation, locations=BOTH))
     after = gpt(ids)["last_hidden_state"]
     assert torch.allclose(before, after, atol=1e-5)
     (after * torch.randn_like(after)).sum().backward()
@@ -137,7 +138,7 @@ def test_the_default_activation_is_the_papers_but_for_our_own_form():
 
 @pytest.mark.parametrize("kind", ["loreft", "direft"])
 def test_rows_of_R_stay_orthonormal_through_training_and_saving(gpt, kind):
-    add_reft(gpt, ReFTConfig(kind, rank=5))
+    add_reft(gpt, ReFTConfig(kind, rank=5, locations=BOTH))
     optimizer = torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], lr=0.03)
     for _ in range(20):
         state = gpt(torch.randint(0, 101, (2, 9)))["last_token"]
@@ -189,9 +190,14 @@ def test_only_the_layers_and_places_listed_are_trained_and_changed(gpt):
 @pytest.mark.parametrize(
     ("kind", "n"), [("adapter", 8 * 32), ("loreft", 8 * 32 + 4), ("nodireft", 8 * 32 + 4)]
 )
-def test_parameters_are_counted_for_both_places_of_every_layer(gpt, kind, n):
-    add_reft(gpt, ReFTConfig(kind, rank=4))
-    assert count_parameters(gpt)[0] == 6 * n
+@pytest.mark.parametrize("locations", [("attention",), ("attention", "ffn")])
+def test_parameters_are_counted_at_each_location_of_every_layer(gpt, kind, n, locations):
+    add_reft(gpt, ReFTConfig(kind, rank=4, locations=locations))
+    assert count_parameters(gpt)[0] == 3 * len(locations) * n
+
+
+def test_the_default_location_is_attention_alone():
+    assert ReFTConfig().locations == ("attention",)
 
 
 def test_dropout_works_on_the_edit_alone_and_in_training_alone():

@@ -1,0 +1,198 @@
+"""Ask a finished run: two questions get an answer with its probability, three lines a poem.
+
+python -m finetune.ask                                       # the newest run, asking for input
+python -m finetune.ask lora-gpt2-3 "How old are you?" "What is your age?"
+python -m finetune.ask RUN --temperature 0.8 < lines.txt     # three lines for each poem
+
+In Python, from the folder of this project:
+
+    run = ask.load("lora-gpt2-3")
+    run.probability("How old are you?", "What is your age?")
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import datasets
+from data.pairs import Pairs
+from data.sonnets import GIVEN_LINES, Sonnet
+from finetune import arguments, ending, runtime
+from finetune.checkpoint import load_adapter
+from finetune.generation import SonnetGenerator
+from finetune.run import adapter_path, find_run, read_record
+from finetune.runtime import Runtime
+from finetune.sampling import SamplingConfig
+from models.gpt2 import GPT2Model
+from models.paraphrase_gpt import ParaphraseGPT
+from models.pretrained import find_checkpoint, fingerprint
+from models.sonnet_gpt import SonnetGPT
+from models.tokenizer import load_tokenizer, unused_ids
+from modules.kernels import accelerate
+from modules.lora import LoRAConfig, add_lora
+from modules.reft import ReFTConfig, add_reft
+from modules.settings import UserError
+
+CPU = Runtime(torch.device("cpu"))
+
+
+@dataclass
+class ParaphraseRun:
+    """A finished run of paraphrase detection."""
+
+    model: ParaphraseGPT
+    tokenizer: Any
+    runtime: Runtime = CPU
+    n_lines: int = 2  # of an answer's input
+
+    @torch.inference_mode()
+    def probability(self, first: str, second: str) -> float:
+        """The probability that two questions, as their authors wrote them, ask the same."""
+        pairs = Pairs(Path("question"), ids=["0"], first=[first], second=[second])
+        n_positions = self.model.gpt.config.n_positions
+        data = datasets.tokenize_pairs(pairs, self.tokenizer, n_positions)
+        batch = self.runtime.to_device(datasets.pair_batch(data, np.array([0])))
+        with self.runtime.autocast():
+            logits = self.model(batch["input_ids"], batch["attention_mask"], batch["token_index"])
+        return logits.softmax(1)[0, 1].item()
+
+    def answer(self, first: str, second: str) -> str:
+        """The better answer and its probability, as `yes, 0.83`."""
+        yes = self.probability(first, second)
+        return f"yes, {yes:.2f}" if yes > 0.5 else f"no, {1 - yes:.2f}"
+
+
+@dataclass
+class SonnetRun:
+    """A finished run of sonnet generation; the same lines get another poem each time."""
+
+    model: SonnetGPT
+    generator: SonnetGenerator
+    n_lines: int = GIVEN_LINES
+    written: int = field(default=0, init=False)
+
+    def write(self, lines: list[str]) -> list[str]:
+        """The lines of a poem that begins with the given ones, three of them."""
+        lines = [line.strip() for line in lines]
+        if len(lines) != GIVEN_LINES or not all(lines):
+            raise UserError(f"a poem starts from {GIVEN_LINES} lines, none of them empty")
+        self.written += 1
+        (poem,) = self.generator.write([Sonnet(0, tuple(lines))], sample=self.written)
+        return list(poem.lines)
+
+    def answer(self, *lines: str) -> str:
+        """The poem as a text."""
+        return "\n".join(self.write(list(lines))) + "\n"
+
+
+def load(
+    run: str | Path | None = None,
+    *,
+    runs_dir: str | Path = "runs",
+    use_gpu: bool = False,
+    seed: int | None = None,
+    **decoding: Any,
+) -> ParaphraseRun | SonnetRun:
+    """A finished run by its name, the beginning of it, or its folder; None is the newest.
+
+    `decoding` replaces fields of the run's `SamplingConfig`, `seed` the run's. Raises UserError
+    where there is no such run, or its base checkpoint is no longer what it was.
+    """
+    folder = find_run(run, Path(runs_dir))
+    record = read_record(folder)
+    flags = record["arguments"]
+    machine = runtime.start(use_gpu, flags["precision"], False, flags["seed"])
+    base = find_checkpoint(flags["model_path"] or flags["model_size"])
+    if fingerprint(base) != record["base"]:
+        raise UserError(f"{base} is no longer the checkpoint that {folder.name} was trained on")
+    gpt = GPT2Model.from_pretrained(base)
+    tokenizer = load_tokenizer(base, gpt.config.vocab_size)
+    kind, add = {"lora": (LoRAConfig, add_lora), "reft": (ReFTConfig, add_reft)}[record["method"]]
+    add(gpt, _config(kind, record["adapter"]))
+    gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
+    if record["task"] == "paraphrase":
+        model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
+        loaded = ParaphraseRun(model, tokenizer, machine)
+    else:
+        model = SonnetGPT(gpt)
+        sampling = replace(_config(SamplingConfig, flags | record["predicted_with"]), **decoding)
+        seed = flags["seed"] if seed is None else seed
+        loaded = SonnetRun(model, SonnetGenerator(gpt, tokenizer, sampling, seed, machine))
+    identity = {key: record[key] for key in ("method", "task", "base")}
+    load_adapter(adapter_path(folder), model, identity, machine)
+    model.to(machine.device).eval()
+    accelerate(model)
+    return loaded
+
+
+def _config(kind: type, values: dict[str, Any]) -> Any:
+    """A config dataclass from JSON, where tuples are lists."""
+    own = {f.name: values[f.name] for f in fields(kind)}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
+
+
+def main(args: argparse.Namespace) -> None:
+    given = {f.name: getattr(args, f.name) for f in fields(SamplingConfig)}
+    decoding = {name: value for name, value in given.items() if value is not None}
+    run, texts = args.run, args.text
+    try:
+        find_run(run, args.runs_dir)
+    except UserError:
+        if not texts:
+            raise
+        run, texts = None, [run, *texts]  # the newest run, asked with all that is given
+    loaded = load(run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
+    if isinstance(loaded, ParaphraseRun) and (decoding or args.seed is not None):
+        raise UserError("decoding flags and --seed are for a run that writes sonnets")
+    for lines in _inputs(texts, loaded.n_lines):
+        print(loaded.answer(*lines), flush=True)
+
+
+def _inputs(texts: list[str], n: int) -> Iterator[list[str]]:
+    """Groups of `n` lines: the arguments, or from standard input until it ends."""
+    is_terminal = sys.stdin.isatty() and not texts
+    if is_terminal:
+        what = "two questions" if n == 2 else f"{n} lines"
+        print(f"Type {what}, one a line; Ctrl-D ends.", file=sys.stderr)
+    group: list[str] = []
+    for line in texts or sys.stdin:
+        if line.strip():
+            group.append(line.strip())
+        if len(group) == n:
+            yield group
+            group = []
+    if group:
+        raise UserError(f"{len(group)} lines were left over: this run takes {n} at a time")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    description, _, _ = __doc__.partition("\n\nIn Python")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune.ask",
+        description=description,
+        formatter_class=arguments.HelpFormatter,
+        allow_abbrev=False,
+    )
+    help = "name of a run, the beginning of it, or its folder [the newest]"
+    parser.add_argument("run", nargs="?", metavar="RUN", help=help)
+    help = "two questions, or three lines of a poem [from standard input]"
+    parser.add_argument("text", nargs="*", metavar="TEXT", help=help)
+    help = "where the runs are [%(default)s]"
+    default = arguments.in_project("runs")
+    parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
+    parser.add_argument("--use_gpu", action="store_true", help="CUDA, else Apple's MPS")
+    parser.add_argument("--seed", type=int, metavar="N", help="decides the poems [the run's]")
+    arguments.add_settings(parser, "generation [as the run's]", SamplingConfig)
+    parser.set_defaults(**{f.name: None for f in fields(SamplingConfig)})
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = get_args()
+    ending.run(lambda: main(args))
