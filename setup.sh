@@ -1,56 +1,82 @@
 #!/usr/bin/env bash
-# Create .venv and install what the scripts need; --help lists the options.
+# Install what the scripts need, into .venv; --help lists the options and other ways.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage="usage: bash setup.sh [--test [PYTEST ARGUMENTS] | --data [URL] | --weights SIZE]"
+usage="usage: bash setup.sh [--no-venv] [--test [PYTEST ARGUMENTS] | --data [URL] | --weights SIZE]"
 help="$usage
 
-Create .venv and install the packages of requirements.txt. It may be run again at any time.
+Create .venv, install the packages of requirements.txt into it, and do what the option says. PyTorch
+is by far the largest: on Linux, with the CUDA libraries, several GB. It may be run again at any
+time, and then installs only what is missing.
 
+  --no-venv                  install into the current Python instead of .venv
   --test [PYTEST ARGUMENTS]  also install the test packages, and run the tests
-  --data [URL]               also fetch the Quora files into data/, from the course's repository
-                             or from the folder at URL
-  --weights SIZE             also fetch gpt2, gpt2-medium, gpt2-large or gpt2-xl into the
-                             Hugging Face cache
+  --data [URL]               also fetch the Quora files (about 65 MB) into data/, from the course's
+                             repository or from the folder at URL
+  --weights SIZE             also fetch a model into the Hugging Face cache: gpt2 (0.5 GB),
+                             gpt2-medium (1.5 GB), gpt2-large (3.2 GB) or gpt2-xl (6.4 GB)
   -h, --help                 show this text and do nothing else
 
-The environment variable PYTHON names the Python to use, 3.10 or newer [python3]."
+The environment variable PYTHON names the Python to use, 3.10 or newer [python3].
+
+  conda    conda create -n gpt2 python=3.12 && conda activate gpt2 && bash setup.sh --no-venv
+  Colab    !bash setup.sh --no-venv     and restart the runtime if PyTorch was loaded before
+  Windows  in WSL (wsl --install), as on Linux"
 
 refuse() {
     echo "$usage" >&2
     exit 2
 }
+fail() {
+    echo "setup.sh: $1" >&2
+    exit 1
+}
+venv=1
+if [[ ${1:-} == --no-venv ]]; then
+    venv=
+    shift
+fi
 case "${1:-} $#" in
     " 0" | "--test "* | "--data 1") ;;
     "--data 2" | "--weights 2") [[ $2 == [!-]* ]] || refuse ;;
     "-h 1" | "--help 1") echo "$help" && exit ;;
     *) refuse ;;
 esac
+case "$(uname -s)" in
+    MINGW* | MSYS* | CYGWIN*) fail "this shell of Windows cannot run the project: use WSL" ;;
+esac
 python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "setup.sh needs Python 3.10 or newer; name it with PYTHON=/path/to/python" >&2
-    exit 1
-fi
-if ! "$python" -m venv .venv; then
-    echo "setup.sh: $python cannot make a virtual environment (on Debian: install python3-venv)" >&2
-    exit 1
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    fail "Python 3.10 or newer is needed; name it with PYTHON=/path/to/python"
+if [[ $venv ]]; then
+    "$python" -m venv .venv || fail "$python cannot make a virtual environment: install \
+python3-venv (on Debian and Ubuntu), or use --no-venv"
+    python=.venv/bin/python
 fi
 
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+install() {
+    local quiet=--quiet
+    [[ -t 1 ]] && quiet= # a terminal shows pip's progress
+    "$python" -m pip install $quiet --disable-pip-version-check "$@"
+}
+need() {
+    install "$@" || fail "pip could not install the packages; if it found no version of one, \
+check the network (or the proxy) and run this again"
+}
 # torch first and by its exact version, so that no other package draws in another build.
-install "$(grep '^torch==' requirements.txt)"
-install -r requirements.txt
+need "$(grep '^torch==' requirements.txt)"
+need -r requirements.txt
 
 case "${1:-}" in
     --test)
-        install -r tests/requirements.txt
+        need -r tests/requirements.txt
         # pyreft asks for old versions of much that its interventions do not need.
         install -qq --no-deps -r tests/requirements-no-deps.txt ||
             echo "No pyreft: its tests are skipped."
-        exec .venv/bin/python -m pytest "${@:2}"
+        exec "$python" -m pytest "${@:2}"
         ;;
-    --data) exec .venv/bin/python -m data.fetch quora "${@:2}" ;;
-    --weights) exec .venv/bin/python -m data.fetch weights "$2" ;;
+    --data) exec "$python" -m data.fetch quora "${@:2}" ;;
+    --weights) exec "$python" -m data.fetch weights "$2" ;;
 esac
-echo "Ready. Next: .venv/bin/python lora_paraphrase_detection.py --demo"
+echo "Ready. Next: $python lora_paraphrase_detection.py --demo"

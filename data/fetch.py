@@ -6,14 +6,12 @@ python -m data.fetch weights gpt2         # into the Hugging Face cache
 
 import argparse
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from data.pairs import read_pairs
-from models.config import SIZES
-from models.pretrained import find_checkpoint, load_config, load_tokenizer
+from models.config import SIZES, first_line
+from models.pretrained import find_checkpoint
 from modules.settings import UserError
 
 COURSE = "https://raw.githubusercontent.com/cfifty/public_cs224n_gpt/HEAD/data"
@@ -22,11 +20,6 @@ QUORA = {  # file -> labelled, least number of pairs
     "quora-dev.csv": (True, 40_000),
     "quora-test-student.csv": (False, 80_000),
 }
-ATTEMPTS = 4  # for each file
-PAUSE = 1  # seconds between two attempts
-SILENCE = 20  # seconds without a byte after which an attempt ends
-BROKEN = {18, 28, 52, 55, 56, 92}  # curl's exit codes when an answer breaks off or stalls
-NO_RANGES = {33, 36}  # and when the server cannot resume
 
 
 def main() -> None:
@@ -37,95 +30,60 @@ def main() -> None:
     what.add_parser("weights").add_argument("size", choices=sizes)
     args = parser.parse_args()
     if args.what == "quora":
-        fetch_quora(args.url, Path("data"), QUORA)
+        for name, (labelled, least) in QUORA.items():
+            fetch_pairs(f"{args.url.rstrip('/')}/{name}", Path("data", name), labelled, least)
     else:
-        fetch_weights(args.size)
+        print(f"{args.size} is in {find_checkpoint(args.size)}")
 
 
-def fetch_weights(size: str) -> None:
-    """Have a model in the Hugging Face cache and say where; raises UserError if that fails."""
-    folder = find_checkpoint(size)
-    layers, tokens = load_config(folder).n_layer, len(load_tokenizer(folder))
-    print(f"{size} ({layers} layers, {tokens:,} tokens) is in {folder}")
-    print(f"Next: any of the four scripts with --model_size {size}")
+def fetch_pairs(url: str, target: Path, labelled: bool, least: int) -> None:
+    """Fetch a file of at least so many pairs; one that exists is checked, never replaced.
 
-
-def fetch_quora(base: str, folder: Path, files: dict[str, tuple[bool, int]]) -> None:
-    """Fetch those of `files` that `folder` lacks; one that exists is checked, never replaced.
-
-    Raises UserError if a file cannot be fetched or is not the course's.
+    Raises UserError if it cannot be fetched or is another file.
     """
-    for name, (labelled, least) in files.items():
-        url, target, part = f"{base.rstrip('/')}/{name}", folder / name, folder / f".{name}.part"
-        exists = target.exists()
+    part = target.with_name(f".{target.name}.part")
+    exists = target.exists()
+    if not exists:
+        download(url, part)
+    try:
+        count = len(read_pairs(target if exists else part, labelled).ids)
+        if count < least:
+            raise UserError(f"{count:,} usable pairs, not {least:,} or more")
+    except UserError as error:
+        where, advice = (target, "move it away") if exists else (url, "give another URL")
         if not exists:
-            print(f"Fetching {url}", flush=True)
-            download(url, part)
-        try:
-            count = len(read_pairs(target if exists else part, labelled).ids)
-            if count < least:
-                raise UserError(f"{count:,} usable pairs, not {least:,} or more")
-        except UserError as error:
-            where, advice = (target, "move it away") if exists else (url, "give another URL")
-            if not exists:
-                remove(part)
-            raise UserError(
-                f"{where} is not the course's file ({error}): {advice} and run the command again, "
-                "or see data/README.md"
-            ) from None
-        if not exists:
-            os.replace(part, target)
-            remove(part)
-        print(f"{target}: {count:,} pairs" + (", already there" if exists else ""))
-
-
-def curl_command(url: str, part: Path) -> list[str]:
-    """curl's arguments to fetch `url`, or the rest of it if its ETag is still that of `part`."""
-    command = ["curl", "--fail", "--location", "--globoff", "--connect-timeout", str(SILENCE)]
-    command += ["--speed-time", str(SILENCE), "--speed-limit", "1"]
-    command += ["--progress-bar" if sys.stderr.isatty() else "--silent"]
-    command += ["--write-out", "%{http_code} %{errormsg}", "--output", str(part)]
-    etag = part.with_suffix(".etag")
-    if not part.exists():
-        command += ["--etag-save", str(etag)]
-    elif etag.exists() and etag.stat().st_size:
-        command += ["--header", f"If-Range: {etag.read_text().strip()}"]
-    return [*command, "--continue-at", "-", "--url", url]
+            part.unlink()
+        raise UserError(
+            f"{where} is not the course's file ({error}): {advice} and run the command again, "
+            "or see data/README.md"
+        ) from None
+    if not exists:
+        os.replace(part, target)
+    print(f"{target}: {count:,} pairs" + (", already there" if exists else ""), flush=True)
 
 
 def download(url: str, part: Path) -> None:
-    """Fetch `url` by curl, resuming `part` if there is one; raises UserError if that fails."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            command = curl_command(url, part)
-            curl = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        except FileNotFoundError:
-            raise UserError("curl is needed to fetch files: install it") from None
-        code = curl.returncode
-        status, _, message = curl.stdout.partition(" ")
-        reason = message or f"HTTP status {status}, curl's exit code {code}"
-        if code in NO_RANGES or status == "416":  # 416: the part is as long as the file, or longer
-            remove(part)
-        elif code == 0:
-            return
-        elif code not in BROKEN and not status.startswith("5"):
-            break
-        if attempt < ATTEMPTS:
-            print(f"{url}: {reason}; trying again", flush=True)
-            time.sleep(PAUSE)
-    if not part.exists():
-        remove(part)  # its ETag
-    raise UserError(
-        f"could not fetch {url} ({reason}): check the address and the network, then run the "
-        "command again, which resumes the download; or put the file there by hand, see "
-        "data/README.md"
-    )
+    """Fetch `url`, or what `part` lacks of it, which UserError leaves as it is."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import httpx, logging
 
-
-def remove(part: Path) -> None:
-    """Remove a part and the ETag kept beside it."""
-    for path in (part, part.with_suffix(".etag")):
-        path.unlink(missing_ok=True)
+    logging.set_verbosity_error()  # an attempt that fails is followed by others, or by the error
+    print(f"Fetching {url}", flush=True)
+    try:
+        with open(part, "ab") as file:
+            # A compressed answer would not continue a file that is not.
+            headers = {"Accept-Encoding": "identity"}
+            http_get(url, file, resume_size=file.tell(), headers=headers)
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 416:
+            part.unlink()  # as long as the file, or longer
+            return download(url, part)
+        raise UserError(
+            f"could not fetch {url} ({first_line(error)}): check the address and the network, then "
+            "run the command again, which resumes the download; or put the file there by hand, "
+            "see data/README.md"
+        ) from None
 
 
 if __name__ == "__main__":
