@@ -262,11 +262,12 @@ def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
         values = [epoch[name] for epoch in history]
         axis.plot(epochs, values, "o-", ms=4, color=color, label=label)
     axis.axvline(best["epoch"], color=BEST, lw=1, ls=":", zorder=0)
+    time = f"epoch; {best['epoch']} is the best"
     if task.decisive in task.panels[title]:
-        value = best[task.decisive]
-        axis.plot(best["epoch"], value, "*", ms=13, color=BEST, label=f"best: {value:.4g}")
+        axis.plot(best["epoch"], best[task.decisive], "*", ms=13, color=BEST)
+        time += f", {best[task.decisive]:.4g}"
     axis.set_title(title, fontsize=10, color=INK)
-    axis.set_xlabel("epoch", fontsize=9, color=INK)
+    axis.set_xlabel(time, fontsize=9, color=INK)
     axis.set_xlim(0.6, epochs[-1] + 0.4)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.tick_params(labelsize=9, color=INK, labelcolor=INK)
@@ -276,7 +277,7 @@ def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
     axis.legend(
         loc="upper center",  # below the axis, where no curve is
         bbox_to_anchor=(0.5, -0.2),
-        ncols=2,
+        ncols=3,
         fontsize=8,
         frameon=False,
         labelcolor=INK,

@@ -250,7 +250,9 @@ def test_the_picture_shows_curves_the_best_epoch_and_the_counts(drawn):
     assert (list(training), list(dev), best[0]) == ([0.7, 0.5, 0.4], [0.65, 0.55, 0.6], 0)
     (star,) = (line for line in scores.lines if line.get_marker() == "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([2], [0.75])
-    assert [text.get_text() for text in scores.legend_.texts][-1] == "best: 0.75"
+    assert losses.get_xlabel() == "epoch; 2 is the best"
+    assert scores.get_xlabel() == "epoch; 2 is the best, 0.75"
+    assert [text.get_text() for text in scores.legend_.texts] == ["accuracy", "macro F1"]
     assert [text.get_text() for text in matrix.texts] == ["2\n67%", "1\n33%", "0\n0%", "1\n100%"]
     assert drawn[0].get_suptitle() == "gpt2, LoRA of rank 8, learning rate 1e-4, seed 11711"
 
