@@ -1,6 +1,7 @@
 """Question-pair files: find the columns, read every row, say which were left out or are odd."""
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +155,8 @@ def _fault(values: list[str], is_whole: bool, labelled: bool) -> str | None:
 
     Without labels one that is not whole is kept if it begins like a row, not like the rest of one.
     """
-    if not is_whole and (labelled or len(values[0].split()) != 1 or not any(values[1:])):
+    begins_like_a_row = re.fullmatch(r"[\w.,-]+", values[0]) and any(values[1:])
+    if not is_whole and (labelled or not begins_like_a_row):
         return "a wrong number of fields"
     if labelled and not (values[1] and values[2]):
         return "an empty question"

@@ -125,12 +125,13 @@ def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
         "the rest of a question?\n"  # line 9
         "of\tanother question\tTwo?\n"
         "7\t\tOne?\tTwo?\n"  # line 11
+        '8\t"\tTwo?\n'
     )
     pairs = read_pairs(write(tmp_path, text), labelled=False)
     assert pairs.ids == ["a", "b", "c", "d", "e", "f", "a"]
     assert pairs.first == ["One?", "", "", "One?", "One?", '"One?', "One?"]
     assert pairs.second == ["Two?", "Two?", "", "", "Two?", "Two?", "Two?"]
-    assert pairs.left_out == {"a wrong number of fields": [9, 10], "no id": [11]}
+    assert pairs.left_out == {"a wrong number of fields": [9, 10, 12], "no id": [11]}
     assert pairs.kept == {
         "an empty question": [3, 4, 5],
         "a wrong number of fields": [5, 6],
