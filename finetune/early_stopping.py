@@ -38,19 +38,10 @@ class EarlyStopper:
         else:
             self.waited += 1
         is_best = value > self.best
-        self.best = max(self.best, value) if is_best else self.best
+        self.best = value if is_best else self.best
         return is_best
 
     @property
     def should_stop(self) -> bool:
         """True once the patience is used up."""
         return 0 < self.config.early_stopping_patience <= self.waited
-
-    def state_dict(self) -> dict[str, float]:
-        """What `update` changes."""
-        return {"best": self.best, "reference": self.reference, "waited": self.waited}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore from `state_dict`."""
-        self.best, self.reference = state["best"], state["reference"]
-        self.waited = state["waited"]

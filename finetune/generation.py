@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.sonnets import Sonnet, poem_lines
 from datasets import tokenize_prompts
@@ -71,18 +72,13 @@ class Sequence:
 def choose_tokens(
     logits: Tensor, sequences: list[Sequence], end_of_text: int, config: SamplingConfig
 ) -> list[int]:
-    """The next token of each sequence, from logits [B,V]."""
+    """The next token of each sequence, from logits [B,V], which change."""
     texts = [sequence.text for sequence in sequences]
     if config.repetition_penalty != 1:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            seen[row, text] = True
-        logits = penalize_repetition(logits, seen, config.repetition_penalty)
+        logits = penalize_repetition(logits, texts, config.repetition_penalty)
     if config.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, texts, config.no_repeat_ngram_size)
-    too_short = [i for i, s in enumerate(sequences) if s.n_lines < config.min_lines]
-    if too_short:
-        logits = logits.clone()
+    if too_short := [i for i, s in enumerate(sequences) if s.n_lines < config.min_lines]:
         logits[too_short, end_of_text] = -torch.inf
     if config.greedy:
         return logits.argmax(1).tolist()
@@ -102,11 +98,13 @@ def generate(
 
     A sequence that is finished leaves the batch.
     """
-    active, device = list(sequences), runtime.device
-    prompts = [sequence.text for sequence in active]
-    size = max((sequence.longest for sequence in active), default=0)
-    cache = KVCache(gpt.config.n_layer, len(active), size, device)
-    input_ids, mask, prompt_lengths = _right_padded(prompts, device)
+    if not sequences:  # of a rank that has none
+        return []
+    active, device = sequences, runtime.device
+    input_ids = pad_sequence([torch.tensor(s.text, device=device) for s in active], True)
+    prompt_lengths = torch.tensor([len(s.text) for s in active], device=device)
+    mask = (torch.arange(input_ids.shape[1], device=device) < prompt_lengths[:, None]).long()
+    cache = KVCache(gpt.config.n_layer, len(active), max(s.longest for s in active), device)
     with prepacked(gpt, len(active), runtime.autocast_dtype or torch.float32):
         while active:
             with runtime.autocast():
@@ -115,24 +113,13 @@ def generate(
             tokens = choose_tokens(logits, active, end_of_text, config)
             for sequence, token in zip(active, tokens, strict=True):
                 sequence.add(token)
-            finished = [s.is_finished(end_of_text, config.max_lines) for s in active]
-            if any(finished):
-                left = [i for i, is_finished in enumerate(finished) if not is_finished]
-                active = [active[i] for i in left]
-                rows = torch.tensor(left, dtype=torch.long, device=device)
-                prompt_lengths = prompt_lengths[rows]
+            left = [s for s in active if not s.is_finished(end_of_text, config.max_lines)]
+            if len(left) < len(active):
+                rows = torch.tensor([active.index(s) for s in left], device=device).long()
+                active, prompt_lengths = left, prompt_lengths[rows]
                 cache.keep(rows)
             input_ids, mask = torch.tensor([[s.text[-1]] for s in active], device=device), None
     return [s.text[:-1] if s.text[-1] == end_of_text else s.text for s in sequences]
-
-
-def _right_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [B,T], mask [B,T] and lengths [B] of prompts."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
-    T = max(map(len, prompts), default=0)
-    ids = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts], dtype=torch.long)
-    mask = (torch.arange(T) < lengths[:, None]).long()
-    return ids.to(device), mask.to(device), lengths.to(device)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import CHRF
 from torch import nn
-from tqdm import tqdm
 
+from data.pairs import Pairs
 from data.sonnets import GIVEN_LINES, Sonnet
 from datasets import (
     ANSWERS,
@@ -24,6 +24,7 @@ from datasets import (
     sonnet_batch,
 )
 from finetune.generation import SonnetGenerator
+from finetune.progress import bar
 from finetune.runtime import Runtime
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import sonnet_loss
@@ -59,7 +60,7 @@ def paraphrase_logits(
     model.eval()
     batches = prediction_rows(data, PREDICTION_BATCH)
     own = []
-    for rows in tqdm(runtime.shard(batches), name, leave=False, disable=not runtime.is_main):
+    for rows in bar(runtime.shard(batches), name, leave=False, disable=not runtime.is_main):
         batch = runtime.to_device(pair_batch(data, rows))
         with runtime.autocast():
             own.append(model(batch["input_ids"], batch["attention_mask"], batch["token_index"]))
@@ -97,6 +98,26 @@ def most_confident_errors(
             "probability": round(float(probabilities[i]), 4),
         }
         for i in wrong
+    ]
+
+
+def pair_table(logits: torch.Tensor, data: TokenizedPairs, pairs: Pairs) -> list[dict[str, Any]]:
+    """Questions, label, prediction and its probability of all pairs, from logits [N,2].
+
+    The errors come first, in both parts the most confident. `pairs` are the rows of `data` as their
+    authors wrote them.
+    """
+    probabilities, predicted = (values.numpy() for values in logits.softmax(1).max(1))
+    return [
+        {
+            "id": data.ids[i],
+            "first": pairs.first[i],
+            "second": pairs.second[i],
+            "label": ANSWERS[data.labels[i]],
+            "predicted": ANSWERS[predicted[i]],
+            "probability": round(float(probabilities[i]), 4),
+        }
+        for i in np.lexsort([-probabilities, predicted == data.labels])
     ]
 
 
@@ -143,9 +164,10 @@ def next_token_loss(model: nn.Module, poems: list[TokenizedSonnet], runtime: Run
     for batch in map(sonnet_batch, runtime.shard(batches)):
         with runtime.autocast():
             loss = sonnet_loss(model, runtime.to_device(batch))
-        own.append((loss.item(), len(batch["targets"])))
-    losses, n_targets = zip(*runtime.gather(own), strict=True)
-    return sum(loss * n for loss, n in zip(losses, n_targets, strict=True)) / sum(n_targets)
+        n = len(batch["targets"])
+        own.append((n * loss.item(), n))
+    loss_sum, n_targets = map(sum, zip(*runtime.gather(own), strict=True))
+    return loss_sum / n_targets
 
 
 def chrf(poems: list[Sonnet], gold: list[Sonnet]) -> float:
@@ -207,17 +229,13 @@ def rhymes(first: str, second: str) -> bool:
 
 def longest_common_run(texts: Iterable[tuple], sources: Iterable[tuple]) -> int:
     """Words of the longest run that one of the `texts` (its lines) shares with a source."""
-    streams = [[words(" ".join(lines)) for lines in group] for group in (texts, sources)]
+    ours, theirs = ([words(" ".join(lines)) for lines in group] for group in (texts, sources))
     length = 0
-    while True:
-        ours, theirs = (
-            {
-                gram
-                for stream in group
-                for gram in zip(*(stream[i:] for i in range(length + 1)), strict=False)
-            }
-            for group in streams
-        )
-        if ours.isdisjoint(theirs):
-            return length
+    while ngrams(ours, length + 1) & ngrams(theirs, length + 1):
         length += 1
+    return length
+
+
+def ngrams(texts: Iterable[list[str]], n: int) -> set[tuple[str, ...]]:
+    """All runs of n consecutive words."""
+    return {gram for text in texts for gram in zip(*(text[i:] for i in range(n)), strict=False)}

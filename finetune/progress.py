@@ -1,11 +1,13 @@
-"""How far a training has come: losses, examples, tokens, seconds, and the history of its epochs."""
+"""How far a training has come, and the bars that show it."""
 
 import math
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from datasets import Share
 from finetune.runtime import STEADIER, Runtime
@@ -22,24 +24,24 @@ class Fitted(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a rank's training has come."""
+    """How far a rank's training has come; plain values, once the losses are read."""
 
-    epoch: int = 0  # the current one, from 0
-    batches: int = 0  # of it, as all of the following down to `tokens`
-    examples: int = 0  # of all ranks
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each whole epoch
+    batches: int = 0  # of the current epoch, as the two sums
     loss_sum: float = 0.0
     weight_sum: float = 0.0  # of the losses in it
-    tokens: int = 0  # without padding
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each epoch
-    seconds: float = 0.0  # without the dev passes
-    all_examples: int = 0
-    all_tokens: int = 0  # of all ranks
+    tokens: int = 0  # of all epochs, without padding
+    seconds: float = 0.0  # of all epochs, without the dev passes
     unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # step, weight, loss
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return len(self.history)
 
     def count(self, step: int, batch: dict[str, Tensor], share: Share, loss: Tensor) -> None:
         """Count a batch of an optimizer step."""
         self.batches += 1
-        self.examples += share.n_examples
         self.tokens += int(batch["attention_mask"].sum()) if share.weight else 0
         self.unread.append((step, share.n_examples * share.weight, loss))
 
@@ -58,39 +60,36 @@ class Progress:
                 raise UserError(f"step {step}: the training loss is {loss}: {STEADIER}")
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
 
-    def end_epoch(self, runtime: Runtime) -> float:
-        """Add up the epoch of all ranks; returns the mean loss of its examples."""
-        sums = runtime.gather([(self.loss_sum, self.weight_sum, self.tokens)])
-        loss_sum, weight_sum, tokens = map(sum, zip(*sums, strict=True))
+    def mean_loss(self, runtime: Runtime) -> float:
+        """The mean loss of the epoch's examples, of all ranks."""
+        sums = runtime.gather([(self.loss_sum, self.weight_sum)])
+        loss_sum, weight_sum = map(sum, zip(*sums, strict=True))
         if not weight_sum:
             raise UserError(f"every loss of epoch {self.epoch + 1} overflows: {STEADIER}")
-        self.all_examples += self.examples
-        self.all_tokens += tokens
         return loss_sum / weight_sum
 
-    def start_epoch(self) -> None:
-        """Begin the next epoch."""
-        self.epoch += 1
-        self.batches = self.examples = self.tokens = 0
-        self.loss_sum = self.weight_sum = 0.0
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """Add the epoch's record, and begin the next epoch."""
+        self.history.append(record)
+        self.batches, self.loss_sum, self.weight_sum = 0, 0.0, 0.0
 
-    def summary(self, model: nn.Module, runtime: Runtime) -> dict[str, float]:
-        """Sizes, rates and memory, as the metrics file names them."""
+    def measured(self, model: nn.Module, n_examples: int, runtime: Runtime) -> dict[str, float]:
+        """Sizes, rates and memory of a training that has ended, with `n_examples` an epoch."""
         trainable_parameters, total_parameters = count_parameters(model)
+        tokens = sum(runtime.gather([self.tokens]))
         return {
             "trainable_parameters": trainable_parameters,
             "total_parameters": total_parameters,
             "train_seconds": round(self.seconds, 2),
-            "examples_per_second": round(self.all_examples / self.seconds, 2),
-            "tokens_per_second": round(self.all_tokens / self.seconds, 1),
+            "examples_per_second": round(self.epoch * n_examples / self.seconds, 2),
+            "tokens_per_second": round(tokens / self.seconds, 1),
             "peak_memory_mb": round(runtime.peak_memory_mb(), 1),
             "processes": runtime.world_size,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """All of it as plain values, once the losses are read."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unread"}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore from `state_dict`."""
-        vars(self).update(vars(Progress(**state)))
+def bar(*items: Any, **about: Any) -> tqdm:
+    """A progress bar; where stderr is no terminal, 80 columns every 30 seconds."""
+    if sys.stderr.isatty():
+        return tqdm(*items, dynamic_ncols=True, **about)
+    return tqdm(*items, ncols=80, mininterval=30, maxinterval=30, delay=30, **about)

@@ -39,14 +39,16 @@ class SamplingConfig:
         check_settings(self)
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [B,V] with those of the tokens `seen` (bool [B,V]) made less likely.
+def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
+    """Logits [B,V] that make the tokens of each row's text less likely.
 
     Keskar et al. 2019 (CTRL), in the form of `transformers`: positive ones are divided by the
     penalty, negative ones multiplied.
     """
-    lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, lowered, logits)
+    logits = logits.clone()
+    for row, text in zip(logits, texts, strict=True):
+        row[text] = torch.where(row[text] < 0, row[text] * penalty, row[text] / penalty)
+    return logits
 
 
 def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:

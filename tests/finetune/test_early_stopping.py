@@ -45,14 +45,6 @@ def test_patience_0_never_stops():
     assert not s.should_stop
 
 
-def test_the_state_is_restored():
-    first, second = stopper(), stopper()
-    for value in (0.5, 0.6, 0.55):
-        first.update({"x": value})
-    second.load_state_dict(first.state_dict())
-    assert vars(second) | {"config": None} == vars(first) | {"config": None}
-
-
 def test_negative_patience_is_refused():
     with pytest.raises(UserError, match="early_stopping_patience: -1 is not a whole number"):
         EarlyStoppingConfig(early_stopping_patience=-1)

@@ -113,18 +113,29 @@ def test_clipping_limits_the_gradient():
     [("constant", 1, 1), ("linear", 0.5, 0.1), ("cosine", 0.5, 0.0245)],
 )
 def test_schedules(schedule, middle, last):
-    factor = lr_factor(FitConfig(epochs=2, lr_schedule=schedule), batches_per_epoch=5)
-    assert factor(0) == 1
-    assert factor(5) == pytest.approx(middle)
-    assert factor(9) == pytest.approx(last, abs=1e-3)
+    config = FitConfig(epochs=2, lr_schedule=schedule)
+    found = [lr_factor(config, batches_per_epoch=5, step=step) for step in (0, 5, 9)]
+    assert found == [1, pytest.approx(middle), pytest.approx(last, abs=1e-3)]
+
+
+def test_each_step_has_its_learning_rate():
+    seen, model = [], weight_model()
+    optimizer = adamw(model, FitConfig())
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+    config = FitConfig(epochs=1, lr=0.5, lr_schedule="linear", warmup_ratio=0.5)
+    trainer = Trainer(model, squared_error, optimizer, config, 4, CPU)
+    for _ in range(4):
+        trainer.backward({"input_ids": torch.ones(1, 1)})
+        trainer.step()
+    assert seen == [0.25, 0.5, 0.5, 0.25]
 
 
 def test_warm_up_rises_on_a_line_and_counts_optimizer_steps():
     config = FitConfig(epochs=4, lr_schedule="linear", warmup_ratio=0.25, grad_accum=2)
-    factor = lr_factor(config, batches_per_epoch=7)  # 4 steps an epoch, 16 in all
-    assert [factor(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factor(10) == pytest.approx(0.5)
-    assert factor(16) == 0
+    factors = [lr_factor(config, 7, step) for step in range(16)]  # 4 steps an epoch
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[10] == pytest.approx(0.5)
+    assert factors[15] == pytest.approx(1 / 12)
 
 
 def test_one_dev_pass_an_epoch_decides_what_is_saved_and_when_to_stop():

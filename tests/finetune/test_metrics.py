@@ -1,11 +1,13 @@
 """Scores by hand, on Shakespeare's own poems, and against sacrebleu."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from data.pairs import Pairs
 from data.sonnets import Sonnet, read_sonnets
 from datasets import TokenizedPairs, tokenize_sonnets
 from finetune.metrics import (
@@ -14,6 +16,7 @@ from finetune.metrics import (
     longest_common_run,
     most_confident_errors,
     next_token_loss,
+    pair_table,
     paraphrase_logits,
     paraphrase_metrics,
     rhymes,
@@ -78,6 +81,21 @@ def test_the_most_confident_errors_come_first_with_what_the_model_read(nano_toke
     assert (errors[0]["label"], errors[0]["predicted"]) == ("yes", "no")
     assert errors[0]["probability"] == pytest.approx(0.8808)
     assert most_confident_errors(logits, data, nano_tokenizer, n=1) == errors[:1]
+
+
+def test_the_table_of_pairs_has_the_most_confident_errors_first():
+    pairs = Pairs(None, list("abcdef"), list("ABCDEF"), ["Why?"] * 6, [0, 1, 1, 0, 1, 0])
+    n = np.ones(6, dtype=np.int64)
+    data = TokenizedPairs(pairs.ids, np.array(pairs.labels), n, n, n, 0)
+    logits = torch.tensor([[3.0, 0], [1.0, 0], [2.0, 0], [0, 0.5], [0, 9.0], [3.0, 0]])
+    table = pair_table(logits, data, pairs)
+    assert [row["id"] for row in table] == ["c", "b", "d", "e", "a", "f"]  # a and f are equal
+    assert table[0] == {
+        "id": "c", "first": "C", "second": "Why?", "label": "yes", "predicted": "no",
+        "probability": 0.8808,
+    }  # fmt: skip
+    assert [row["label"] == row["predicted"] for row in table] == [False] * 3 + [True] * 3
+    json.dumps(table)  # plain values
 
 
 @pytest.fixture(scope="module")

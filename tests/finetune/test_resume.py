@@ -43,9 +43,10 @@ def pairs() -> TokenizedPairs:
 class Run:
     """A run of 16 batches in two epochs, to be started again and again."""
 
-    def __init__(self, base, folder, adapter="lora", config=CONFIG, runtime=CPU):
+    def __init__(self, base, folder, adapter="lora", config=CONFIG, runtime=CPU, patience=0):
         self.base, self.path = base, folder / "run.resume.pt"
         self.adapter, self.config, self.runtime = ADAPTERS[adapter], config, runtime
+        self.stopping = EarlyStoppingConfig(patience)
         self.saved = []  # records of best epochs
 
     def start(self, at_batch=lambda number, loss: loss, wanted=True):
@@ -67,7 +68,7 @@ class Run:
             optimizer=adamw(self.model, self.config),
             batches=PairBatches(pairs(), 4, seed=0),
             evaluate=lambda: {"loss": sum(p.abs().sum().item() for p in self.trained().values())},
-            stopper=EarlyStopper("loss", "min", EarlyStoppingConfig()),
+            stopper=EarlyStopper("loss", "min", self.stopping),
             save_best=self.saved.append,
             config=self.config,
             runtime=self.runtime,
@@ -112,10 +113,21 @@ def test_how_often_a_run_is_saved_changes_nothing(hf_folder, tmp_path, save_ever
     assert history == expected
     assert all(torch.equal(trained[name], weights[name]) for name in weights)
     saved = torch.load(run.path, weights_only=True)["state"]["ranks"][0]["progress"]
-    assert (saved["epoch"], saved["batches"]) == (2, 0)
+    assert (len(saved["history"]), saved["batches"]) == (2, 0)
     again, trained = run.start(lambda number, loss: pytest.fail("it had ended"))
     assert again == expected
     assert all(torch.equal(trained[name], weights[name]) for name in weights)
+
+
+def test_a_resumed_run_stops_early_when_it_would_have(hf_folder, tmp_path, capsys):
+    config = replace(CONFIG, epochs=9, grad_accum=4)
+    expected, _ = Run(hf_folder, tmp_path / "a", config=config, patience=2).start()
+    assert [record["is_best"] for record in expected] == [True, False, False]  # it only grows
+    assert "stopped early: no gain of 0.01 in loss since epoch 1\n" in capsys.readouterr().out
+    run = Run(hf_folder, tmp_path / "b", config=config, patience=2)
+    with pytest.raises(Interrupted):
+        run.start(stop_at(20))
+    assert run.start()[0] == expected
 
 
 def test_a_step_whose_loss_is_not_finite_is_named_and_nothing_of_it_kept(hf_folder, tmp_path):
@@ -123,7 +135,7 @@ def test_a_step_whose_loss_is_not_finite_is_named_and_nothing_of_it_kept(hf_fold
     with pytest.raises(UserError, match=r"^step 11: the training loss is nan: try a lower --lr, "):
         run.start(lambda number, loss: loss * (math.nan if number == 11 else 1))
     assert [record["epoch"] for record in run.saved] == [1]
-    saved = torch.load(run.path, weights_only=True)["state"]["trainer"]
+    saved = torch.load(run.path, weights_only=True)["state"]
     assert saved["steps"] == 10
     assert all(tensor.isfinite().all() for tensor in saved["adapter"].values())
 
@@ -171,7 +183,8 @@ def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, 
         {},
         state | {"ranks": []},
         state | {"ranks": [{}]},
-        state | {"trainer": state["trainer"] | {"adapter": {}}},
+        state | {"adapter": {}},
+        state | {"optimizer": {}},
         state | {"ranks": [own | {"random": {}}]},
         state | {"ranks": [own | {"progress": own["progress"] | {"surprise": 1}}]},
     ):

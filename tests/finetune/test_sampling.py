@@ -48,8 +48,8 @@ def test_the_ends_of_the_unit_interval_pick_tokens_that_are_kept(u):
 
 
 def test_penalty_and_ban_by_hand():
-    logits = torch.tensor([[2.0, -2.0, 4.0]])
-    seen = torch.tensor([[True, True, False]])
-    assert penalize_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 4.0]]
+    logits = torch.tensor([[2.0, -2.0, 4.0], [1.0, 1.0, -torch.inf]])
+    expected = [[1.0, -4.0, 4.0], [1.0, 1.0, -torch.inf]]
+    assert penalize_repetition(logits, [[0, 1, 0], [2]], 2.0).tolist() == expected
     out = ban_repeated_ngrams(torch.zeros(2, 4), [[1, 2, 3, 1, 2], [0, 1]], 3)
     assert out.isinf().nonzero().tolist() == [[0, 3]]
