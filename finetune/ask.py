@@ -26,12 +26,12 @@ from data.sonnets import GIVEN_LINES, Sonnet
 from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
-from finetune.run import adapter_path, find_run, read_record
+from finetune.run import RECORD, adapter_path, find_run, finished_runs, is_finished, run_folders
 from finetune.runtime import Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
-from models.pretrained import find_checkpoint, fingerprint
+from models.pretrained import find_checkpoint, fingerprint, read_json
 from models.sonnet_gpt import SonnetGPT
 from models.tokenizer import load_tokenizer, unused_ids
 from modules.kernels import accelerate
@@ -94,18 +94,19 @@ class SonnetRun:
 def load(
     run: str | Path | None = None,
     *,
-    runs_dir: str | Path = "runs",
+    runs_dir: str | Path | None = None,
     use_gpu: bool = False,
     seed: int | None = None,
     **decoding: Any,
 ) -> ParaphraseRun | SonnetRun:
     """A finished run by its name, the beginning of it, or its folder; None is the newest.
 
-    `decoding` replaces fields of the run's `SamplingConfig`, `seed` the run's. Raises UserError
-    where there is no such run, or its base checkpoint is no longer what it was.
+    Names are looked for in `runs_dir`, by default the project's. `decoding` replaces fields of the
+    run's `SamplingConfig`, `seed` the run's. Raises UserError where there is no such run, or its
+    base checkpoint is no longer what it was.
     """
-    folder = find_run(run, Path(runs_dir))
-    record = read_record(folder)
+    folder = _find_finished(run, Path(runs_dir or arguments.in_project("runs")))
+    record = read_json(folder / RECORD)
     flags = record["arguments"]
     machine = runtime.start(use_gpu, flags["precision"], False, flags["seed"])
     base = find_checkpoint(flags["model_path"] or flags["model_size"])
@@ -131,6 +132,21 @@ def load(
     return loaded
 
 
+def _find_finished(run: str | Path | None, runs_dir: Path) -> Path:
+    if run is None:
+        found = finished_runs(runs_dir)
+        if not found:
+            raise UserError(
+                f"there is no finished run in {runs_dir}: train one, for example by "
+                "python lora_paraphrase_detection.py --demo"
+            )
+        return found[0]
+    folder = find_run(run, runs_dir)
+    if not is_finished(folder):
+        raise UserError(f"{folder} is unfinished: its command with --resume finishes it")
+    return folder
+
+
 def _config(kind: type, values: dict[str, Any]) -> Any:
     """A config dataclass from JSON, where tuples are lists."""
     own = {f.name: values[f.name] for f in fields(kind)}
@@ -141,11 +157,8 @@ def main(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(SamplingConfig)}
     decoding = {name: value for name, value in given.items() if value is not None}
     run, texts = args.run, args.text
-    try:
-        find_run(run, args.runs_dir)
-    except UserError:
-        if not texts:
-            raise
+    names = [folder.name for folder in run_folders(args.runs_dir)]
+    if texts and not Path(run).is_dir() and not any(name.startswith(run) for name in names):
         run, texts = None, [run, *texts]  # the newest run, asked with all that is given
     loaded = load(run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
     if isinstance(loaded, ParaphraseRun) and (decoding or args.seed is not None):
@@ -168,7 +181,8 @@ def _inputs(texts: list[str], n: int) -> Iterator[list[str]]:
             yield group
             group = []
     if group:
-        raise UserError(f"{len(group)} lines were left over: this run takes {n} at a time")
+        were = "line was" if len(group) == 1 else "lines were"
+        raise UserError(f"{len(group)} {were} left over: this run takes {n} at a time")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, fields
@@ -55,6 +54,7 @@ class Run:
     folder: Path
     flags: dict[str, Any]
     identity: dict[str, Any]  # what must be the same where its adapter is loaded
+    recipe: str  # hex digits, the same for runs that differ in their seeds alone
     runtime: Runtime
     resume: ResumeFile | None
     log: TensorBoardLog
@@ -76,7 +76,8 @@ class Run:
         is_imported = bool(flags["predict_only"] and flags.get("import_peft"))
         epochs = 0 if is_imported else flags["epochs"]
         stem = "-".join(map(str, (adapter.method, model, epochs, flags["lr"], rank, task)))
-        digest = _digest(flags, identity)
+        decisive = identity | _decisive(flags)
+        digest, recipe = _digest(decisive), _digest(decisive | {"seed": None})
         folder = flags["runs_dir"] / f"{stem}-{digest[:6]}"
         held = None
         if runtime.is_main:
@@ -92,7 +93,7 @@ class Run:
             machine |= {"digest": digest, "the number of processes": str(runtime.world_size)}
             resume = ResumeFile.open(folder / STATE, machine, flags["resume"], runtime)
         log = TensorBoardLog(folder if flags["tensorboard"] and runtime.is_main else None)
-        run = cls(folder, flags, identity | {"model": model}, runtime, resume, log, held)
+        run = cls(folder, flags, identity | {"model": model}, recipe, runtime, resume, log, held)
         if flags["predict_only"] and not is_imported:
             runtime.from_main(run.check_trained)
         return run
@@ -102,23 +103,18 @@ class Run:
         """The folder's name."""
         return self.folder.name
 
-    @property
-    def adapter_path(self) -> Path:
-        """The best epoch's adapter: the run's name without the digest."""
-        return self.folder / f"{self.name.rpartition('-')[0]}.pt"
-
     def check_trained(self) -> None:
         """Raise UserError if there is no adapter to predict with."""
-        if not self.adapter_path.exists():
+        if not adapter_path(self.folder).exists():
             raise UserError(
-                f"{self.adapter_path} does not exist: train first, by the same command without "
-                f"--predict_only{_others(self.folder)}"
+                f"{adapter_path(self.folder)} does not exist: train first, by the same command "
+                f"without --predict_only{_others(self.folder)}"
             )
 
     def save_adapter(self, model: nn.Module, record: dict[str, Any]) -> None:
         """Write the model's adapter with its epoch's `record`."""
         if self.runtime.is_main:
-            save_adapter(self.adapter_path, model, self.identity | record)
+            save_adapter(adapter_path(self.folder), model, self.identity | record)
 
     def load_adapter(self, model: nn.Module) -> dict[str, Any]:
         """Load the best epoch's adapter into the model; returns the epoch's record.
@@ -127,7 +123,7 @@ class Run:
         """
         if self.flags["predict_only"] and self.flags.get("import_peft"):
             return {"epoch": 0, "is_best": True}
-        about = load_adapter(self.adapter_path, model, self.identity, self.runtime)
+        about = load_adapter(adapter_path(self.folder), model, self.identity, self.runtime)
         return {name: value for name, value in about.items() if name not in self.identity}
 
     def record(
@@ -138,8 +134,10 @@ class Run:
         `best` is the best epoch's record, `final` the metrics of its adapter. What was measured in
         training comes from `fitted`, or without one from the training's own record.
         """
-        record = {"name": self.name, **self.identity, "date": _now()}
-        record |= {"arguments": self.flags, "adapter": asdict(adapter), "history": [best]}
+        record = {"name": self.name, **self.identity, "recipe": self.recipe, "date": _now()}
+        base = self.flags["model_path"]
+        flags = self.flags | {"model_path": base and base.absolute()}
+        record |= {"arguments": flags, "adapter": asdict(adapter), "history": [best]}
         record |= {"device": self.runtime.device_name, "revision": _revision()}
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         if fitted:
@@ -193,15 +191,43 @@ class Run:
             self.resume.remove()
 
 
+def adapter_path(folder: Path) -> Path:
+    """The best epoch's adapter in a run's folder: the run's name without the digest."""
+    return folder / f"{folder.name.rpartition('-')[0]}.pt"
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """The folders of all runs, finished or not, by name."""
+    return sorted({path.parent for name in (RECORD, STATE) for path in runs_dir.glob(f"*/{name}")})
+
+
 def finished_runs(runs_dir: Path) -> list[Path]:
     """The folders of all finished runs, the newest first."""
-    records = [path for path in runs_dir.glob(f"*/{RECORD}") if is_finished(path.parent)]
-    return [path.parent for path in sorted(records, key=os.path.getmtime, reverse=True)]
+    found = filter(is_finished, run_folders(runs_dir))
+    return sorted(found, key=lambda folder: (folder / RECORD).stat().st_mtime, reverse=True)
 
 
 def is_finished(folder: Path) -> bool:
     """True for the folder of a run that has written all its files."""
     return (folder / RECORD).exists() and not (folder / STATE).exists()
+
+
+def find_run(run: str | Path, runs_dir: Path) -> Path:
+    """The folder `run`, or the one in `runs_dir` whose name is `run` or alone begins with it.
+
+    Raises UserError if there is none, or more than one.
+    """
+    folders = run_folders(runs_dir)
+    for exact in (Path(run), runs_dir / run):
+        if (exact / RECORD).exists() or (exact / STATE).exists():
+            return exact
+    found = [folder for folder in folders if folder.name.startswith(str(run))]
+    if len(found) == 1:
+        return found[0]
+    fault = "begins the names of several runs" if found else f"is no run in {runs_dir}"
+    names = [folder.name for folder in found or folders]
+    shown = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+    raise UserError(f"{str(run)!r} {fault}{': ' if names else ''}{shown}")
 
 
 def _refuse_finished(folder: Path, flags: dict[str, Any], runtime: Runtime) -> None:
@@ -226,15 +252,19 @@ def _others(folder: Path) -> str:
     return f"; the runs there are of other flags: {', '.join(names[:3])}" if names else ""
 
 
-def _digest(flags: dict[str, Any], identity: dict[str, Any]) -> str:
-    """Hex digits over all that decides the adapter: flags, base and data, these by content."""
-    decisive = dict(identity)
+def _decisive(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that decide the adapter; of files, the content."""
+    decisive = {}
     for name, value in flags.items():
         if name in DATA and value:
             files = sorted(filter(Path.is_file, value.iterdir())) if value.is_dir() else [value]
             decisive[name] = [_sha256(file) for file in files]
         elif name not in PREDICTION | MACHINE | NEITHER:
             decisive[name] = str(value)
+    return decisive
+
+
+def _digest(decisive: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

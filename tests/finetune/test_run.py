@@ -10,7 +10,7 @@ import torch
 
 from finetune import arguments
 from finetune.ending import Finished
-from finetune.run import MACHINE, NEITHER, PREDICTION, Run, finished_runs
+from finetune.run import MACHINE, NEITHER, PREDICTION, Run, adapter_path, finished_runs
 from finetune.runtime import Runtime
 from models.pretrained import BUNDLED
 from modules.lora import LoRAConfig
@@ -82,6 +82,11 @@ SAME += ["--lora_targets query,key,value attention_dense interm_dense,out_dense"
 def test_runs_differ_by_what_decides_the_adapter(opened, flags):
     same = opened(*flags.split()).folder == opened().folder
     assert same == (flags in SAME)
+
+
+def test_runs_that_differ_in_their_seeds_alone_have_one_recipe(opened):
+    assert opened("--seed", 2).recipe == opened("--seed", 3).recipe
+    assert opened("--seed", 2, "--lr", 0.1).recipe != opened("--seed", 2).recipe
 
 
 def test_decoding_flags_and_held_out_files_are_of_the_same_run(opened, tmp_path):
@@ -161,7 +166,7 @@ def test_shown_files_are_of_one_run(opened, tmp_path):
 def test_predicting_from_an_unfinished_run_does_not_finish_it(opened):
     run = opened()
     run.resume.save({})
-    run.adapter_path.write_bytes(b"")
+    adapter_path(run.folder).write_bytes(b"")
     predicting = opened("--predict_only")
     predicting.write(record(run), {"para_dev_out": "1"})
     assert not (run.folder / "run.json").exists()
