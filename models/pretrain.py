@@ -9,8 +9,11 @@ writes `config.json`, `model.safetensors` (float16), `vocab.json`, `merges.txt` 
 import argparse
 import json
 import math
+import re
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,65 +27,71 @@ from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
 from models.pretrained import save_gpt2
 from modules.kernels import accelerate
-from modules.settings import UserError
+from modules.settings import UserError, check_settings, setting
 
 END_OF_TEXT = "<|endoftext|>"
-CHUNK = 8192  # characters of text that make a document; every hundredth document is held out
+DOCUMENT = re.compile(r".{8192,}?\n\n|.+", re.DOTALL)  # it ends with a blank line
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is trained; raises UserError for values that are not allowed."""
+
+    model_size: str = setting("gpt2-nano", "width, layers and heads", choices=SIZES)
+    vocab_size: int = setting(8192, "entries of the tokenizer", least=300)
+    context: int = setting(512, "positions of the model", least=8)
+    batch_size: int = setting(8, "rows of --context tokens a step", least=1)
+    steps: int = setting(2800, "optimizer steps", least=1)
+    warmup_steps: int = setting(100, "steps in which the learning rate rises", least=1)
+    lr: float = setting(4e-3, "largest learning rate", above=0)
+    weight_decay: float = setting(0.1, "of the matrices", least=0)
+    seed: int = setting(11711, "of the initial weights and the order", least=0, most=2**32 - 1)
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="folder of UTF-8 *.txt files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--model_size", choices=SIZES, default="gpt2-nano")
-    for name, default, help in (
-        ("vocab_size", 8192, "entries of the tokenizer"),
-        ("context", 512, "positions of the model"),
-        ("batch_size", 8, "rows of --context tokens a step"),
-        ("steps", 2800, "optimizer steps"),
-        ("warmup_steps", 100, "steps in which the learning rate rises"),
-        ("lr", 4e-3, "largest learning rate"),
-        ("weight_decay", 0.1, "of the matrices"),
-        ("seed", 11711, "decides the initial weights and the order"),
-    ):
-        help = f"{help} [%(default)s]"
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
+    for f in fields(Recipe):
+        help = f"{f.metadata['help']} [%(default)s]"
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=help)
     parser.add_argument("--use_gpu", action="store_true")
-    args = parser.parse_args()
-    least = {"vocab_size": 300, "context": 8, "seed": 0, "weight_decay": 0.0}
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and value < least.get(name, 1e-9):
-            allowed = f"{least[name]} or more" if name in least else "above 0"
-            parser.error(f"--{name} must be {allowed}")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = get_args()
-    device = torch.device("cuda" if args.use_gpu else "cpu")
-    torch.manual_seed(args.seed)
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    if args.use_gpu and not torch.cuda.is_available():
+        raise UserError("--use_gpu needs CUDA, which PyTorch does not find")
+    torch.manual_seed(recipe.seed)
     train_text, held_out_text = read_text(args.text)
-    tokenizer = train_tokenizer(train_text, args.vocab_size, args.out)
+    tokenizer = train_tokenizer(train_text, recipe.vocab_size, args.out)
     train, held_out = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
-    print(f"{train.size:,} training tokens, {held_out.size:,} held out")
-    n_embd, n_layer, n_head = SIZES[args.model_size]
-    no_dropout = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    shape = (args.vocab_size, args.context, n_embd, n_layer, n_head)
-    model = GPT2Model(GPT2Config(*shape, **no_dropout))
-    model.to(device)
+    print(f"{len(train):,} training tokens, {len(held_out):,} held out")
+    enough = len(train) > (recipe.batch_size + 1) * recipe.context
+    if not enough or len(held_out) <= recipe.context:
+        raise UserError(f"{args.text} has too little text for this --batch_size and --context")
+    n_embd, n_layer, n_head = SIZES[recipe.model_size]
+    shape = (recipe.vocab_size, recipe.context, n_embd, n_layer, n_head)
+    model = GPT2Model(GPT2Config(*shape, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+    model.to("cuda" if args.use_gpu else "cpu")
     accelerate(model)
     start = time.perf_counter()
-    train_model(model, train, held_out, args)
-    loss = held_out_loss(model, held_out, args.batch_size)
+    train_model(model, train, held_out, recipe)
+    loss = held_out_loss(model, held_out, recipe.batch_size)
     n_bytes = sum(len(document.encode()) for document in held_out_text)
     record = {
-        "recipe": {k: v for k, v in vars(args).items() if k not in ("text", "out")},
+        "recipe": asdict(recipe) | {"use_gpu": args.use_gpu},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_tokens": args.steps * args.batch_size * args.context,
-        "held_out_tokens": held_out.size,
+        "training_tokens": recipe.steps * recipe.batch_size * recipe.context,
+        "held_out_tokens": len(held_out),
         "held_out_bytes": n_bytes,
         "held_out_nats_per_token": round(loss, 4),
-        "held_out_bits_per_byte": round(loss / math.log(2) * held_out.size / n_bytes, 4),
+        "held_out_bits_per_byte": round(loss / math.log(2) * len(held_out) / n_bytes, 4),
         "train_seconds": round(time.perf_counter() - start),
     }
     save_gpt2(model, args.out, tokenizer.token_to_id(END_OF_TEXT), torch.float16)
@@ -92,15 +101,15 @@ def main() -> None:
 
 
 def read_text(folder: Path) -> tuple[list[str], list[str]]:
-    """Documents of about `CHUNK` characters, cut at blank lines: for training, held out."""
+    """Documents of about 8,192 characters for training, and every hundredth, held out."""
     train, held_out = [], []
     for path in sorted(folder.glob("*.txt")):
-        text, start, number = path.read_text(encoding="utf-8"), 0, 0
-        while start < len(text):
-            end = text.find("\n\n", start + CHUNK) + 2
-            end = end if end > 1 else len(text)
-            (held_out if number % 100 == 50 else train).append(text[start:end])
-            start, number = end, number + 1
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text") from None
+        for i, document in enumerate(DOCUMENT.findall(text)):
+            (held_out if i % 100 == 50 else train).append(document)
     if not held_out:
         raise UserError(f"{folder} needs *.txt files of 500,000 characters or more")
     return train, held_out
@@ -118,10 +127,10 @@ def train_tokenizer(text: list[str], vocab_size: int, out: Path) -> ByteLevelBPE
     return tokenizer
 
 
-def encode(tokenizer: ByteLevelBPETokenizer, text: list[str]) -> np.ndarray:
+def encode(tokenizer: ByteLevelBPETokenizer, text: list[str]) -> Tensor:
     """Token ids of all documents, an end-of-text token after each."""
     encodings = tokenizer.encode_batch([document + END_OF_TEXT for document in text])
-    return np.concatenate([np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings])
+    return torch.cat([torch.tensor(encoding.ids) for encoding in encodings])
 
 
 class Muon(torch.optim.Optimizer):
@@ -154,39 +163,26 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def make_optimizers(model: GPT2Model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings, norms and biases."""
+def train_model(model: GPT2Model, train: Tensor, held_out: Tensor, recipe: Recipe) -> None:
+    """Train the layers' matrices by Muon, embeddings, norms and biases by AdamW.
+
+    The learning rate rises during the warm-up, then falls linearly to zero.
+    """
+
+    def factor(step: int) -> float:
+        return min((step + 1) / recipe.warmup_steps, (recipe.steps - step) / recipe.steps)
+
     matrices = [p for p in model.gpt_layers.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=args.lr, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [
+        Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
-
-
-def train_model(
-    model: GPT2Model, train: np.ndarray, held_out: np.ndarray, args: argparse.Namespace
-) -> None:
-    """Warm up, then let the learning rate fall to zero on a line."""
-    generator = np.random.default_rng(args.seed)
-    optimizers = make_optimizers(model, args)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min((step + 1) / args.warmup_steps, (args.steps - step) / args.steps),
-        )
-        for optimizer in optimizers
-    ]
-    windows = iter(())
-    bar = tqdm(range(args.steps), desc="pretrain", mininterval=5)
-    for step in bar:
-        try:
-            rows = next(windows)
-        except StopIteration:
-            windows = random_windows(train, args.context, args.batch_size, generator)
-            rows = next(windows)
-        loss = language_model_loss(model, torch.from_numpy(rows))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
+    windows = random_windows(train, recipe.context, recipe.batch_size, recipe.seed)
+    bar = tqdm(range(recipe.steps), desc="pretrain", mininterval=5)
+    for step, rows in zip(bar, windows, strict=False):
+        loss = language_model_loss(model, rows)
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
@@ -195,16 +191,19 @@ def train_model(
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 500 == 499:
-            value = held_out_loss(model, held_out, args.batch_size)
+            value = held_out_loss(model, held_out, recipe.batch_size)
             tqdm.write(f"step {step + 1}: held-out loss {value:.4f} nats per token")
 
 
-def random_windows(tokens: np.ndarray, context: int, batch_size: int, generator):
-    """One epoch of batches [B,T+1] in random order, from windows laid at a random offset."""
-    starts = np.arange(generator.integers(context), tokens.size - context, context)
-    generator.shuffle(starts)
-    for first in range(0, starts.size - batch_size + 1, batch_size):
-        yield tokens[starts[first : first + batch_size, None] + np.arange(context + 1)]
+def random_windows(tokens: Tensor, context: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches [B,T+1] without end, in random order; each epoch's windows have another offset."""
+    windows = tokens.unfold(0, context + 1, 1)  # a view of the window at every position
+    generator = np.random.default_rng(seed)
+    while True:
+        starts = np.arange(generator.integers(context), len(windows), context)
+        generator.shuffle(starts)
+        for first in range(0, len(starts) - batch_size + 1, batch_size):
+            yield windows[starts[first : first + batch_size]]
 
 
 def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
@@ -217,16 +216,14 @@ def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2Model, tokens: np.ndarray, batch_size: int) -> float:
+def held_out_loss(model: GPT2Model, tokens: Tensor, batch_size: int) -> float:
     """Mean loss over windows of the model's whole context, nats per token."""
     context = model.config.n_positions
-    starts = np.arange(0, tokens.size - context, context)
-    total = 0.0
-    for first in range(0, starts.size, batch_size):
-        rows = tokens[starts[first : first + batch_size, None] + np.arange(context + 1)]
-        loss = language_model_loss(model, torch.from_numpy(rows))
-        total += loss.item() * len(rows)
-    return total / starts.size
+    windows = tokens.unfold(0, context + 1, context)
+    batches = windows.split(batch_size)
+    return sum(language_model_loss(model, rows).item() * len(rows) for rows in batches) / len(
+        windows
+    )
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 from models.gpt2 import GPT2Model
-from models.pretrain import orthogonalize, random_windows, read_text
+from models.pretrain import Recipe, orthogonalize, random_windows, read_text
 from models.pretrained import load_tokenizer
 from modules.settings import UserError
 from tests.conftest import ROOT
@@ -39,6 +40,12 @@ def test_too_little_text_is_refused(tmp_path):
         read_text(tmp_path)
 
 
+def test_text_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes("Liebe für alle".encode("latin-1"))
+    with pytest.raises(UserError, match="a.txt is not UTF-8 text"):
+        read_text(tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (32, 32)])
 def test_an_update_has_singular_values_near_one_and_keeps_its_directions(shape):
     torch.manual_seed(0)
@@ -52,20 +59,46 @@ def test_an_update_has_singular_values_near_one_and_keeps_its_directions(shape):
     assert (inner - inner.diag().diag()).abs().max() < 1e-3
 
 
-def test_an_epoch_of_windows_shows_no_token_twice():
-    tokens = np.arange(1000)
-    rows = np.concatenate(list(random_windows(tokens, 10, 4, np.random.default_rng(0))))
-    assert rows.shape[1] == 11
-    assert len(np.unique(rows[:, :-1])) == rows[:, :-1].size >= 950
-    assert (np.diff(rows, axis=1) == 1).all()
+def test_an_epoch_of_windows_shows_no_token_twice_and_the_next_has_other_windows():
+    windows = random_windows(torch.arange(1000), context=10, batch_size=4, seed=0)
+    first, second = (torch.cat(list(islice(windows, 24))) for _ in range(2))
+    for rows in (first, second):
+        assert rows.shape == (96, 11)
+        assert len(rows[:, :-1].unique()) == 960
+        assert (rows.diff() == 1).all()
+    assert not set(first[:, 0].tolist()) & set(second[:, 0].tolist())
+
+
+def run(*words):
+    command = [sys.executable, "-m", "models.pretrain", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lr": 0.0}, "Recipe.lr: 0 is not a number above 0"),
+        ({"vocab_size": 299}, "vocab_size: 299 is not a whole number of 300 or more"),
+        ({"model_size": "gpt3"}, "model_size: 'gpt3' is not one of gpt2, "),
+    ],
+)
+def test_a_recipe_of_values_that_are_not_allowed_is_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Recipe(**settings)
+
+
+def test_windows_longer_than_the_text_are_refused_in_one_sentence(text_folder, tmp_path):
+    done = run("--text", text_folder, "--out", tmp_path / "out", "--context", 9000)
+    assert done.returncode == 1
+    assert re.fullmatch("error: .* too little text for this --batch_s.*\n", done.stderr)
 
 
 def test_the_command_writes_a_checkpoint_that_transformers_loads(text_folder, tmp_path):
-    command = f"-m models.pretrain --text {text_folder} --out {tmp_path} --steps 60"
-    command += " --warmup_steps 5 --context 32 --vocab_size 400 --batch_size 4"
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, check=True)
+    flags = "--steps 30 --warmup_steps 5 --context 32 --vocab_size 400 --batch_size 4"
+    done = run("--text", text_folder, "--out", tmp_path, *flags.split())
+    assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pretraining.json").read_text())
-    assert record["recipe"]["steps"] == 60
+    assert record["recipe"]["steps"] == 30
     assert record["held_out_nats_per_token"] < math.log(400) - 0.5
     assert 1 < record["held_out_bits_per_byte"] < 8
     gpt = GPT2Model.from_pretrained(tmp_path).eval()
