@@ -107,14 +107,14 @@ def _layout(path: Path, header: str, labelled: bool) -> Layout:
     names = [name.strip().strip('"') for name in header.split(delimiter)]
     wanted = list(COLUMNS)[: 4 if labelled else 3]
     columns = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
-    allowed = "; ".join(" or ".join(COLUMNS[want]) for want in wanted)
-    for fault, count in (("no", 0), ("more than one", 2)):
-        bad = [want for want, found in columns.items() if min(len(found), 2) == count]
-        if bad:
-            raise UserError(
-                f"{path} has {fault} column {', '.join(bad)}: its first line must be a header, "
-                f"separated by tabs or commas, with {allowed}"
-            )
+    missing = [want for want, found in columns.items() if not found]
+    doubled = [want for want, found in columns.items() if len(found) > 1]
+    if missing or doubled:
+        fault = f"no column {', '.join(missing)}" if missing else f"two columns {doubled[0]}"
+        raise UserError(
+            f"{path} has {fault}: its first line must be a header, separated by tabs or commas, "
+            f"with {'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"
+        )
     taken = tuple(found[0] for found in columns.values())
     quoted = delimiter == "," or "question1" not in names
     description = ""
