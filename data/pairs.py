@@ -110,7 +110,7 @@ def _layout(path: Path, header: str, labelled: bool) -> Layout:
     missing = [want for want, found in columns.items() if not found]
     doubled = [want for want, found in columns.items() if len(found) > 1]
     if missing or doubled:
-        fault = f"no column {', '.join(missing)}" if missing else f"two columns {doubled[0]}"
+        fault = f"no column {', '.join(missing)}" if missing else f"two columns for {doubled[0]}"
         raise UserError(
             f"{path} has {fault}: its first line must be a header, separated by tabs or commas, "
             f"with {'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"

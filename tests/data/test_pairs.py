@@ -194,7 +194,7 @@ def test_the_limit_counts_usable_rows(tmp_path):
             b"id,sent0,sent1,is_duplicate\n",
             "no column sentence1, .*with id .*sentence1 or question1",
         ),
-        (b"id,question1,sentence1,question2,label\n", "has two columns sentence1: its first"),
+        (b"id,question1,sentence1,question2,label\n", "has two columns for sentence1: its first"),
         (b"", "no column id"),
         (HEADER.encode(), "no usable row"),
         (HEADER.encode() + b"a\tb\tc\t\n", r"no usable row.*left out 1 with no label \(line 2\)"),
