@@ -94,11 +94,11 @@ def test_windows_longer_than_the_text_are_refused_in_one_sentence(text_folder, t
 
 
 def test_the_command_writes_a_checkpoint_that_transformers_loads(text_folder, tmp_path):
-    flags = "--steps 30 --warmup_steps 5 --context 32 --vocab_size 400 --batch_size 4"
+    flags = "--steps 12 --warmup_steps 3 --context 32 --vocab_size 400 --batch_size 4"
     done = run("--text", text_folder, "--out", tmp_path, *flags.split())
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "pretraining.json").read_text())
-    assert record["recipe"]["steps"] == 30
+    assert record["recipe"]["steps"] == 12
     assert record["held_out_nats_per_token"] < math.log(400) - 0.5
     assert 1 < record["held_out_bits_per_byte"] < 8
     gpt = GPT2Model.from_pretrained(tmp_path).eval()
