@@ -18,22 +18,32 @@ from typing import Any
 
 from finetune.arguments import in_project
 from finetune.files import write_files
-from finetune.run import DATA, MACHINE, NEITHER, PREDICTION, RECORD, STATE
+from finetune.run import (
+    DATA,
+    MACHINE,
+    NEITHER,
+    PREDICTION,
+    RECORD,
+    find_run,
+    is_finished,
+    run_folders,
+)
 from modules.settings import UserError
 
 SCORES = {  # task -> column -> its name in a record's final metrics; the first one decides
     "paraphrase": {"accuracy": "dev_accuracy", "macro_f1": "dev_macro_f1", "dev_loss": "dev_loss"},
     "sonnet": {"val_loss": "val_loss", "dev_loss": "dev_loss", "chrf": "dev_chrf"},
 }
-FORMATS = {  # column -> how the table shows it
-    **{"method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
+# Column -> how the table shows it: settings, which are the same for a group, and measurements.
+SETTINGS = {"method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""}
+MEASURED = {
     **{"accuracy": ".3f", "macro_f1": ".3f", "val_loss": ".3f", "dev_loss": ".3f", "chrf": ".1f"},
     **{"seconds": ",.0f", "memory_mb": ",.0f"},
 }
-MEASURED = list(FORMATS)[6:]
+FORMATS = SETTINGS | MEASURED
 MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
 LEFT_OUT_FIRST = ["model", "memory_mb", "dev_loss", "epochs", "seconds"]  # where lines are short
-# Flags that columns show, or in which the runs of a group may differ.
+# Flags that columns show, or that decide no adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"} | PREDICTION | MACHINE | NEITHER
 
 
@@ -67,13 +77,13 @@ def main() -> None:
     folders = [find_run(run, args.runs_dir) for run in args.runs] or run_folders(args.runs_dir)
     records, notes = [], []
     for folder in dict.fromkeys(folders):
-        if (folder / STATE).exists() or not (folder / RECORD).exists():
-            notes.append(f"unfinished (--resume goes on): {folder.name}")
-            continue
-        try:
-            records.append(read_record(folder))
-        except UserError as error:
-            notes.append(f"left out: {error}")
+        if is_finished(folder):
+            try:
+                records.append(read_record(folder))
+            except UserError as error:
+                notes.append(f"left out: {error}")
+        else:
+            notes.append(f"unfinished (its command with --resume resumes it): {folder.name}")
     tasks = {task: ranked(records, task, args.by) for task in SCORES}
     tasks = {task: groups for task, groups in tasks.items() if groups}
     width = shutil.get_terminal_size(fallback=(1000, 24)).columns  # a pipe takes any
@@ -111,35 +121,12 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_folders(runs_dir: Path) -> list[Path]:
-    """The folders of all runs, finished or not, by name."""
-    return sorted({path.parent for name in (RECORD, STATE) for path in runs_dir.glob(f"*/{name}")})
-
-
-def find_run(run: str, runs_dir: Path) -> Path:
-    """The folder `run`, or the one in `runs_dir` whose name is `run` or alone begins with it.
-
-    Raises UserError if there is none, or more than one.
-    """
-    folders = run_folders(runs_dir)
-    for exact in (Path(run), runs_dir / run):
-        if exact in folders or (exact / RECORD).exists() or (exact / STATE).exists():
-            return exact
-    found = [folder for folder in folders if folder.name.startswith(run)]
-    if len(found) == 1:
-        return found[0]
-    fault = "begins the names of several runs" if found else f"is no run in {runs_dir}"
-    names = [folder.name for folder in found or folders]
-    shown = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
-    raise UserError(f"{run!r} {fault}{': ' if names else ''}{shown}")
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """A finished run's record with its values by column; raises UserError if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         arguments, adapter, final = record["arguments"], record["adapter"], record["final"]
-        record["name"] = folder.name
+        record["name"], record["recipe"] = folder.name, str(record["recipe"])
         record["values"] = {
             "method": " ".join([record["method"], adapter.get("type", "")]).strip(),
             "model": record["model"],
@@ -162,9 +149,7 @@ def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Gro
     recipes: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["task"] == task:
-            content = (record.get("base"), record.get("data"))  # what names of files do not tell
-            recipe = repr((record["name"][:-6], compared_flags(record), content))
-            recipes.setdefault(recipe, []).append(record)
+            recipes.setdefault(record["recipe"], []).append(record)
     groups = list(map(summarize, recipes.values()))
     column = deciding(task, by)
     return sorted(groups, key=lambda g: g.values[column], reverse=column in MORE_IS_BETTER)
@@ -179,7 +164,7 @@ def compared_flags(record: dict[str, Any]) -> dict[str, str]:
 def summarize(records: list[dict[str, Any]]) -> Group:
     """A group of runs of one recipe."""
     values = dict(records[0]["values"])
-    for column in values.keys() & set(MEASURED):
+    for column in values.keys() & MEASURED.keys():
         numbers = [record["values"][column] for record in records]
         values[column] = fmean(numbers)
         if len(numbers) > 1:
