@@ -1,11 +1,11 @@
 """The script end to end, as a person runs it."""
 
-import html
 import json
 import re
 from functools import partial
 from pathlib import Path
 
+import markupsafe
 import peft
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_metrics_agree_with_the_predictions(finished):
     assert metrics["adapter"]["targets"] == list(TARGETS)
     assert imread(folder / "lora-paraphrase-report.png").shape[1] == 800
     page = (folder / "lora-paraphrase-report.html").read_text()
-    assert html.escape(pairs.first[0]) in page
+    assert str(markupsafe.escape(pairs.first[0])) in page
     for key in ("train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_mb"):
         assert metrics[key] > 0
     assert "5,535,232 parameters, 147,456 of them trainable" in done.stdout
