@@ -43,6 +43,10 @@ class LineCounter:
         """All lines; the last may not be complete yet."""
         return poem_lines(self.decode(text))
 
+    def n_complete(self, text: list[int]) -> int:
+        """How many lines have an end."""
+        return len(poem_lines(self.decode(text).rpartition("\n")[0]))
+
 
 class Sequence:
     """A growing text, `longest` tokens at most, with a random generator of its own."""
@@ -50,7 +54,7 @@ class Sequence:
     def __init__(self, prompt: list[int], seed: tuple, longest: int, counter: LineCounter):
         self.text, self.longest, self.counter = list(prompt), longest, counter
         self.generator = np.random.default_rng(seed)
-        self.complete_lines = len(counter.lines(prompt)) - (prompt[-1] not in counter.ends)
+        self.complete_lines = counter.n_complete(prompt)
 
     @property
     def n_lines(self) -> int:
@@ -61,7 +65,7 @@ class Sequence:
         """Append the next token."""
         self.text.append(token)
         if token in self.counter.ends:
-            self.complete_lines = len(self.counter.lines(self.text))
+            self.complete_lines = self.counter.n_complete(self.text)
 
     def is_finished(self, end_of_text: int, max_lines: int) -> bool:
         """True at the end of text, at the last line, and at the longest length."""

@@ -159,3 +159,15 @@ def test_numbers_and_blank_lines_do_not_count_as_lines(generator, nano_tokenizer
     assert row.complete_lines == 2
     row.add(nano_tokenizer.encode("Three")[0])
     assert (row.complete_lines, row.n_lines) == (2, 3)
+
+
+def test_a_line_is_complete_at_its_end_even_if_the_token_begins_the_next():
+    words = {0: "One", 1: "\nTwo", 2: "\n"}  # as a BPE that does not split at blanks has them
+    row = Sequence(
+        [0], (0,), 99, LineCounter(frozenset({1, 2}), lambda ids: "".join(map(words.get, ids)))
+    )
+    assert row.complete_lines == 0
+    row.add(1)
+    assert row.complete_lines == 1
+    row.add(2)
+    assert (row.complete_lines, row.n_lines) == (2, 2)
