@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pronouncing
@@ -28,9 +28,6 @@ from finetune.progress import bar
 from finetune.runtime import Runtime
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import sonnet_loss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PREDICTION_BATCH = 64  # pairs; without gradients a batch takes little memory
 VALIDATION_BATCH = 16  # poems
@@ -84,25 +81,6 @@ def paraphrase_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, fl
         "dev_accuracy": float(accuracy_score(labels, predicted)),
         "dev_macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
     }
-
-
-def most_confident_errors(
-    logits: torch.Tensor, data: TokenizedPairs, tokenizer: "PreTrainedTokenizerFast", n: int = 10
-) -> list[dict[str, Any]]:
-    """The n wrong predictions of highest probability, with their prompts as the model read them."""
-    probabilities, predicted = logits.softmax(1).max(1)
-    wrong = (predicted.numpy() != data.labels).nonzero()[0]
-    wrong = wrong[np.argsort(-probabilities.numpy()[wrong], kind="stable")][:n]
-    return [
-        {
-            "id": data.ids[i],
-            "prompt": tokenizer.decode(data.tokens[data.starts[i] :][: data.lengths[i]].tolist()),
-            "label": ANSWERS[data.labels[i]],
-            "predicted": ANSWERS[predicted[i]],
-            "probability": round(float(probabilities[i]), 4),
-        }
-        for i in wrong
-    ]
 
 
 def pair_table(logits: torch.Tensor, data: TokenizedPairs, pairs: Pairs) -> list[dict[str, Any]]:

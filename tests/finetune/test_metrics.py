@@ -14,7 +14,6 @@ from finetune.metrics import (
     chrf,
     count_syllables,
     longest_common_run,
-    most_confident_errors,
     next_token_loss,
     pair_table,
     paraphrase_logits,
@@ -61,26 +60,6 @@ def test_paraphrase_metrics_by_hand():
     assert metrics["dev_loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
     assert metrics["dev_accuracy"] == 0.75
     assert metrics["dev_macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
-
-
-def test_the_most_confident_errors_come_first_with_what_the_model_read(nano_tokenizer):
-    texts = ["one two", "three", "four five six", "seven"]
-    rows = [nano_tokenizer(text)["input_ids"] for text in texts]
-    lengths = np.array([len(row) for row in rows])
-    tokens = np.array([token for row in rows for token in row], dtype=np.int32)
-    data = TokenizedPairs(
-        list("abcd"), np.array([0, 1, 1, 0]), tokens, lengths.cumsum() - lengths, lengths, 0
-    )
-    logits = torch.tensor([[3.0, 0], [1.0, 0], [2.0, 0], [0, 0.5]])
-    errors = most_confident_errors(logits, data, nano_tokenizer)
-    assert [(m["id"], m["prompt"]) for m in errors] == [
-        ("c", "four five six"),
-        ("b", "three"),
-        ("d", "seven"),
-    ]
-    assert (errors[0]["label"], errors[0]["predicted"]) == ("yes", "no")
-    assert errors[0]["probability"] == pytest.approx(0.8808)
-    assert most_confident_errors(logits, data, nano_tokenizer, n=1) == errors[:1]
 
 
 def test_the_table_of_pairs_has_the_most_confident_errors_first():
