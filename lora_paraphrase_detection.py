@@ -26,9 +26,9 @@ DEFAULTS |= {"lora_rank": 8, "lora_alpha": 16.0, "lora_dropout": 0.1}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 2e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1}
 DEMO |= {
-    "para_train": arguments.DATA / "sample-pairs-train.csv",
-    "para_dev": arguments.DATA / "sample-pairs-dev.csv",
-    "para_test": arguments.DATA / "sample-pairs-test.csv",
+    "para_train": arguments.in_project("data/sample-pairs-train.csv"),
+    "para_dev": arguments.in_project("data/sample-pairs-dev.csv"),
+    "para_test": arguments.in_project("data/sample-pairs-test.csv"),
 }
 
 

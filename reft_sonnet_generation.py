@@ -29,10 +29,10 @@ DEFAULTS |= {"temperature": 1.2, "top_p": 0.9}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1, "temperature": 0.9}
 DEMO |= {
-    "sonnet_path": arguments.DATA / "sonnets.txt",
-    "held_out_sonnet_path": arguments.DATA / "sonnets_held_out.txt",
-    "dev_sonnet_path": arguments.DATA / "sonnets_held_out_dev.txt",
-    "dev_gold_path": arguments.DATA / "TRUE_sonnets_held_out_dev.txt",
+    "sonnet_path": arguments.in_project("data/sonnets.txt"),
+    "held_out_sonnet_path": arguments.in_project("data/sonnets_held_out.txt"),
+    "dev_sonnet_path": arguments.in_project("data/sonnets_held_out_dev.txt"),
+    "dev_gold_path": arguments.in_project("data/TRUE_sonnets_held_out_dev.txt"),
 }
 
 

@@ -144,6 +144,7 @@ class Run:
             record |= {"history": fitted.history} | fitted.measured
         elif (self.folder / RECORD).exists():
             record |= read_json(self.folder / RECORD)
+            final = record["final"] | final  # the loss before training is known from then
         predicted_with = {name: self.flags[name] for name in self.flags if name in PREDICTION}
         return record | {"final": final, "predicted_with": predicted_with}
 
@@ -256,9 +257,10 @@ def _decisive(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that decide the adapter; of files, the content."""
     decisive = {}
     for name, value in flags.items():
-        if name in DATA and value:
-            files = sorted(filter(Path.is_file, value.iterdir())) if value.is_dir() else [value]
-            decisive[name] = [_sha256(file) for file in files]
+        if name == "import_peft" and value:
+            decisive[name] = [_sha256(path) for path in sorted(value.glob("adapter_*"))]
+        elif name in DATA and value:
+            decisive[name] = _sha256(value)
         elif name not in PREDICTION | MACHINE | NEITHER:
             decisive[name] = str(value)
     return decisive

@@ -20,7 +20,7 @@ DOCS += [ROOT / folder / "README.md" for folder in ("data", "predictions", "mode
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_*_*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"[\w.-]+\.(py|md|sh)|[\w.-]+(/[\w.-]+)*/[\w.-]*")
-MADE_BY_A_RUN = re.compile(r"(predictions|checkpoints|runs|\.venv)/|data/quora-")
+MADE_BY_A_RUN = re.compile(r"(predictions|runs|\.venv)/|data/(quora-|course)")
 FOREIGN_FLAGS = {"--nproc_per_node", "--logdir"}  # of torchrun and TensorBoard
 
 
