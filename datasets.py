@@ -2,12 +2,11 @@
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -139,28 +138,19 @@ class Share(NamedTuple):
 
 
 class Batches:
-    """Training batches in random order, of examples that `make_batch` takes by number.
+    """Training batches of `data` in random order.
 
-    `lengths` are their tokens, `n_targets` the terms of their losses. `batch_size` is for each of
-    the `world_size` ranks, of which this is `rank`.
+    `batch_size` is for each of the `world_size` ranks, of which this is `rank`. A kind of data has
+    `sizes()`, of each example its tokens and the terms of its loss, and `make_batch(rows)`.
     """
 
     unit: str  # what an example is called
 
-    def __init__(
-        self,
-        make_batch: Callable[[np.ndarray], dict[str, Tensor]],
-        lengths: np.ndarray,
-        n_targets: np.ndarray,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ):
-        self.make_batch, self.lengths, self.n_targets = make_batch, lengths, n_targets
-        self.batch_size, self.seed = batch_size * world_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.n_examples = len(lengths)
+    def __init__(self, data: Any, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.data, self.seed, self.rank, self.world_size = data, seed, rank, world_size
+        self.batch_size = batch_size * world_size
+        self.lengths, self.n_targets = self.sizes()
+        self.n_examples = len(self.lengths)
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)
@@ -192,11 +182,11 @@ class PairBatches(Batches):
 
     unit = "pair"
 
-    def __init__(
-        self, data: TokenizedPairs, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ):
-        make_batch, n_targets = partial(pair_batch, data), np.ones(len(data), dtype=np.int64)
-        super().__init__(make_batch, data.lengths, n_targets, batch_size, seed, rank, world_size)
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.data.lengths, np.ones(len(self.data), dtype=np.int64)
+
+    def make_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return pair_batch(self.data, rows)
 
 
 def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
@@ -315,21 +305,16 @@ def load_sonnets(
 
 
 class SonnetBatches(Batches):
-    """Batches of tokenized poems, in which each token but a poem's first is a target."""
+    """Batches of a list of tokenized poems, in which each token but a poem's first is a target."""
 
     unit = "poem"
 
-    def __init__(
-        self,
-        poems: list[TokenizedSonnet],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        lengths = np.array([len(poem.ids) for poem in poems])
-        make_batch = lambda rows: sonnet_batch([poems[row] for row in rows])  # noqa: E731
-        super().__init__(make_batch, lengths, lengths - 1, batch_size, seed, rank, world_size)
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        lengths = np.array([len(poem.ids) for poem in self.data])
+        return lengths, lengths - 1
+
+    def make_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        return sonnet_batch([self.data[row] for row in rows])
 
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
