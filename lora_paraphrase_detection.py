@@ -32,6 +32,12 @@ DEMO |= {
 }
 
 
+def get_args() -> argparse.Namespace:
+    return arguments.parse(
+        __doc__, task="paraphrase", adapter=LoRAConfig, defaults=DEFAULTS, demo=DEMO
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
@@ -116,8 +122,6 @@ def fit(
 
 
 if __name__ == "__main__":
-    args = arguments.parse(
-        __doc__, task="paraphrase", adapter=LoRAConfig, defaults=DEFAULTS, demo=DEMO
-    )
+    args = get_args()
     advice = "" if args.predict_only else ending.TO_RESUME
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

@@ -28,12 +28,10 @@ DEFAULTS |= {"lora_rank": 4, "lora_alpha": 16.0, "lora_dropout": 0.1}
 DEFAULTS |= {"temperature": 1.2, "top_p": 0.9}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 2e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1, "temperature": 0.9}
-DEMO |= {
-    "sonnet_path": arguments.in_project("data/sonnets.txt"),
-    "held_out_sonnet_path": arguments.in_project("data/sonnets_held_out.txt"),
-    "dev_sonnet_path": arguments.in_project("data/sonnets_held_out_dev.txt"),
-    "dev_gold_path": arguments.in_project("data/TRUE_sonnets_held_out_dev.txt"),
-}
+
+
+def get_args() -> argparse.Namespace:
+    return arguments.parse(__doc__, task="sonnet", adapter=LoRAConfig, defaults=DEFAULTS, demo=DEMO)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -131,6 +129,6 @@ def fit(
 
 
 if __name__ == "__main__":
-    args = arguments.parse(__doc__, task="sonnet", adapter=LoRAConfig, defaults=DEFAULTS, demo=DEMO)
+    args = get_args()
     advice = "" if args.predict_only else ending.TO_RESUME
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

@@ -32,6 +32,12 @@ DEMO |= {
 }
 
 
+def get_args() -> argparse.Namespace:
+    return arguments.parse(
+        __doc__, task="paraphrase", adapter=ReFTConfig, defaults=DEFAULTS, demo=DEMO
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
     reft = arguments.config(ReFTConfig, args, prefix="reft_")
@@ -113,8 +119,6 @@ def fit(
 
 
 if __name__ == "__main__":
-    args = arguments.parse(
-        __doc__, task="paraphrase", adapter=ReFTConfig, defaults=DEFAULTS, demo=DEMO
-    )
+    args = get_args()
     advice = "" if args.predict_only else ending.TO_RESUME
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

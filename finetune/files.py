@@ -116,15 +116,3 @@ def _same_files(first: Path, second: Path) -> bool:
     if not second.is_dir() or names != sorted(os.listdir(second)):
         return False
     return not any(filecmp.cmpfiles(first, second, names, shallow=False)[1:])
-
-
-def write_text(path: str | Path, text: str) -> None:
-    write_files({Path(path): text})
-
-
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    temporary = Path(path).with_name(f".{Path(path).name}.new")
-    yield temporary
-    write_files({Path(path): temporary.read_bytes()})
-    temporary.unlink()

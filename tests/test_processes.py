@@ -90,10 +90,7 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
 
             if os.environ["RANK"] == "{rank}":
                 script.datasets.load_pairs = broken_disk
-            args = script.arguments.parse(
-                "", task="paraphrase", adapter=script.LoRAConfig, defaults=script.DEFAULTS,
-                demo=script.DEMO,
-            )
+            args = script.get_args()
             script.ending.run(lambda: script.main(args))
             """
         )
