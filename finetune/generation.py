@@ -39,10 +39,6 @@ class LineCounter:
         ends = frozenset(token for text, token in tokenizer.get_vocab().items() if "Ċ" in text)
         return cls(ends, tokenizer.backend_tokenizer.decode)
 
-    def lines(self, text: list[int]) -> list[str]:
-        """All lines; the last may not be complete yet."""
-        return poem_lines(self.decode(text))
-
     def n_complete(self, text: list[int]) -> int:
         """How many lines have an end."""
         return len(poem_lines(self.decode(text).rpartition("\n")[0]))
@@ -153,6 +149,6 @@ class SonnetGenerator:
         own, end_of_text = self.runtime.shard(sequences), self.tokenizer.eos_token_id
         texts = generate(self.gpt, own, end_of_text, self.config, self.runtime)
         return [
-            Sonnet(sonnet.number, tuple(counter.lines(text)[: self.config.max_lines]))
+            Sonnet(sonnet.number, tuple(poem_lines(counter.decode(text))[: self.config.max_lines]))
             for sonnet, text in zip(sonnets, self.runtime.gather(texts), strict=True)
         ]

@@ -76,16 +76,16 @@ def fit(
     the running loss once a second. Raises UserError if a loss or a weight is not finite.
     """
     trainer = Trainer(model, loss_function, optimizer, config, len(batches), runtime)
+    progress = trainer.progress
     report_memory(trainer, batches)
     if resume and resume.state is not None:
         resume.restore(lambda state: _load_state(state, trainer, stopper))
-        print(f"resumes after step {trainer.steps:,}, in epoch {trainer.progress.epoch + 1}")
-    progress = trainer.progress
+        print(f"resumes after step {progress.steps:,}, in epoch {progress.epoch + 1}")
     while progress.epoch < config.epochs and not stopper.should_stop:
         model.train()
         metrics = {"train_loss": _train_epoch(trainer, batches, resume, log)} | evaluate()
         record = _end_epoch(trainer, stopper, metrics)
-        log(metrics, trainer.steps)
+        log(metrics, progress.steps)
         if record["is_best"]:
             save_best(record)
         _save(trainer, resume)
@@ -112,7 +112,6 @@ class Trainer:
         self.interventions = [m for m in self.model.modules() if isinstance(m, Intervention)]
         self.is_half = self.runtime.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_half)
-        self.steps = 0
         self.progress = Progress()
 
     def backward(self, batch: Batch, weight: float = 1.0, is_last: bool = True) -> Tensor:
@@ -131,7 +130,7 @@ class Trainer:
     def step(self) -> None:
         """Update the weights by the accumulated gradient, and clear it."""
         for group in self.optimizer.param_groups:
-            factor = lr_factor(self.config, self.batches_per_epoch, self.steps)
+            factor = lr_factor(self.config, self.batches_per_epoch, self.progress.steps)
             group["lr"] = self.config.lr * factor
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -141,7 +140,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for intervention in self.interventions:
             intervention.after_step()
-        self.steps += 1
+        self.progress.steps += 1
 
 
 def lr_factor(config: FitConfig, batches_per_epoch: int, step: int) -> float:
@@ -191,13 +190,13 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
         while group := list(islice(rest, config.grad_accum)):
             for i, (batch, share) in enumerate(group, 1):
                 loss = trainer.backward(batch, share.weight / len(group), is_last=i == len(group))
-                progress.count(trainer.steps + 1, batch, share, loss)
+                progress.count(batch, share, loss)
                 examples.update(share.n_examples)
             trainer.step()
             now = time.perf_counter()
             progress.seconds += now - last
             last = now
-            if config.save_every and trainer.steps % config.save_every == 0:
+            if config.save_every and progress.steps % config.save_every == 0:
                 _save(trainer, resume)
             if signum := runtime.largest(signal_came()):
                 _save(trainer, resume)
@@ -206,7 +205,7 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
                 shown = now
                 running = progress.read_losses(skip_infinite=trainer.is_half)
                 examples.set_postfix(loss=f"{running:.4f}", refresh=False)
-                log({"running_train_loss": running}, trainer.steps)
+                log({"running_train_loss": running}, progress.steps)
         _save(trainer, resume)
         return progress.mean_loss(runtime)
 
@@ -221,7 +220,9 @@ def _end_epoch(
     record = {"epoch": epoch, **metrics}
     if trainer.is_half:
         taken = trainer.optimizer.state.get(trainer.trainable[0], {}).get("step", 0)
-        record["skipped_steps"] = trainer.steps - int(taken)  # in which a gradient had overflowed
+        record["skipped_steps"] = trainer.progress.steps - int(
+            taken
+        )  # in which a gradient had overflowed
     record["is_best"] = stopper.update(metrics)
     trainer.progress.end_epoch(record)
     shown = " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
@@ -241,7 +242,6 @@ def _save(trainer: Trainer, resume: ResumeFile | None) -> None:
         "adapter": finite_adapter(trainer.bare_model),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "steps": trainer.steps,
         "ranks": trainer.runtime.gather([{"progress": asdict(trainer.progress), "random": random}]),
     }
     resume.save(state)
@@ -251,9 +251,8 @@ def _load_state(state: dict[str, Any], trainer: Trainer, stopper: EarlyStopper) 
     load_adapter_state(trainer.bare_model, state["adapter"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
-    trainer.steps = state["steps"]
     own = state["ranks"][trainer.runtime.rank]
-    trainer.progress = Progress(**own["progress"])
+    vars(trainer.progress).update(vars(Progress(**own["progress"])))
     for record in trainer.progress.history:
         stopper.update(record)
     set_random_state(own["random"], trainer.runtime.device)

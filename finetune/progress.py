@@ -27,6 +27,7 @@ class Progress:
     """How far a rank's training has come; plain values, once the losses are read."""
 
     history: list[dict[str, Any]] = field(default_factory=list)  # a record for each whole epoch
+    steps: int = 0  # of the optimizer, of all epochs
     batches: int = 0  # of the current epoch, as the two sums
     loss_sum: float = 0.0
     weight_sum: float = 0.0  # of the losses in it
@@ -39,11 +40,11 @@ class Progress:
         """The current epoch, from 0."""
         return len(self.history)
 
-    def count(self, step: int, batch: dict[str, Tensor], share: Share, loss: Tensor) -> None:
-        """Count a batch of an optimizer step."""
+    def count(self, batch: dict[str, Tensor], share: Share, loss: Tensor) -> None:
+        """Count a batch of the next optimizer step."""
         self.batches += 1
         self.tokens += int(batch["attention_mask"].sum()) if share.weight else 0
-        self.unread.append((step, share.n_examples * share.weight, loss))
+        self.unread.append((self.steps + 1, share.n_examples * share.weight, loss))
 
     def read_losses(self, skip_infinite: bool) -> float:
         """Sum up the losses that are still on the device, since each read waits for a GPU.

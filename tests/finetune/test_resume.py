@@ -136,7 +136,7 @@ def test_a_step_whose_loss_is_not_finite_is_named_and_nothing_of_it_kept(hf_fold
         run.start(lambda number, loss: loss * (math.nan if number == 11 else 1))
     assert [record["epoch"] for record in run.saved] == [1]
     saved = torch.load(run.path, weights_only=True)["state"]
-    assert saved["steps"] == 10
+    assert saved["ranks"][0]["progress"]["steps"] == 10
     assert all(tensor.isfinite().all() for tensor in saved["adapter"].values())
 
 
@@ -173,7 +173,7 @@ def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, 
     run = Run(hf_folder, tmp_path)
     with pytest.raises(Interrupted):
         run.start(stop_at(5))
-    with pytest.raises(UserError, match="of a run that was stopped: --resume resumes it"):
+    with pytest.raises(UserError, match="is an unfinished run of this command: --resume resumes"):
         run.start(wanted=False)
     with pytest.raises(UserError, match=r"of a run with --lr 0.01, here it is 0.02: give"):
         ResumeFile.open(run.path, {"--lr": "0.02"}, True, CPU)
@@ -189,7 +189,7 @@ def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, 
         state | {"ranks": [own | {"progress": own["progress"] | {"surprise": 1}}]},
     ):
         torch.save(whole | {"state": damaged}, run.path)
-        with pytest.raises(UserError, match=r"run\.resume\.pt is damaged \(.*\): without"):
+        with pytest.raises(UserError, match=r"run\.resume\.pt is damaged \(.*\): --overwrite"):
             run.start()
     torch.save([1], run.path)
     with pytest.raises(UserError, match="is not a resume file of this project"):
