@@ -37,7 +37,8 @@ def get_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
-    base = find_checkpoint(args.model_path or args.model_size)
+    name = args.model_path or args.model_size
+    base = find_checkpoint(name)
     run = Run.open(vars(args), task="sonnet", adapter=lora, base=base, runtime=machine)
 
     # Load
@@ -87,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
             contents["samples"] = outputs.format_sonnets(chain(*zip(*samples, strict=True)))
         files = run.write(record, contents)
         files |= peft_format.write_exports(
-            gpt, lora, base, tokenizer, args.export_peft, args.export_merged
+            gpt, lora, name, tokenizer, args.export_peft, args.export_merged
         )
         run.finish()
         print(outputs.format_table(record, files))

@@ -13,9 +13,9 @@ In Python, from the folder of this project:
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,21 +39,27 @@ from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
 from modules.settings import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 CPU = Runtime(torch.device("cpu"))
+DECODING = SamplingConfig()
 
 
-@dataclass
-class ParaphraseRun:
-    """A finished run of paraphrase detection."""
+class Paraphraser:
+    """Answers whether two questions ask the same, by a GPT-2 with or without an adapter."""
 
-    model: ParaphraseGPT
-    tokenizer: Any
-    runtime: Runtime = CPU
-    n_lines: int = 2  # of an answer's input
+    n_lines = 2  # of an answer's input
+
+    def __init__(
+        self, gpt: GPT2Model, tokenizer: "PreTrainedTokenizerFast", runtime: Runtime = CPU
+    ):
+        self.model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer)).eval()
+        self.tokenizer, self.runtime = tokenizer, runtime
 
     @torch.inference_mode()
     def probability(self, first: str, second: str) -> float:
-        """The probability that two questions, as their authors wrote them, ask the same."""
+        """The probability of "yes" for two questions as their authors wrote them."""
         pairs = Pairs(Path("question"), ids=["0"], first=[first], second=[second])
         n_positions = self.model.gpt.config.n_positions
         data = datasets.tokenize_pairs(pairs, self.tokenizer, n_positions)
@@ -68,22 +74,33 @@ class ParaphraseRun:
         return f"yes, {yes:.2f}" if yes > 0.5 else f"no, {1 - yes:.2f}"
 
 
-@dataclass
-class SonnetRun:
-    """A finished run of sonnet generation; the same lines get another poem each time."""
+class SonnetWriter:
+    """Continues poems by a GPT-2 with or without an adapter: the same lines in another way each
+    time.
+    """
 
-    model: SonnetGPT
-    generator: SonnetGenerator
-    n_lines: int = GIVEN_LINES
-    written: int = field(default=0, init=False)
+    n_lines = GIVEN_LINES
+
+    def __init__(
+        self,
+        gpt: GPT2Model,
+        tokenizer: "PreTrainedTokenizerFast",
+        sampling: SamplingConfig = DECODING,
+        seed: int = 11711,
+        runtime: Runtime = CPU,
+    ):
+        gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
+        self.model = SonnetGPT(gpt)
+        self.generator = SonnetGenerator(gpt, tokenizer, sampling, seed, runtime)
+        self.n_written = 0
 
     def write(self, lines: list[str]) -> list[str]:
         """The lines of a poem that begins with the given ones, three of them."""
         lines = [line.strip() for line in lines]
         if len(lines) != GIVEN_LINES or not all(lines):
             raise UserError(f"a poem starts from {GIVEN_LINES} lines, none of them empty")
-        self.written += 1
-        (poem,) = self.generator.write([Sonnet(0, tuple(lines))], sample=self.written)
+        self.n_written += 1
+        (poem,) = self.generator.write([Sonnet(0, tuple(lines))], sample=self.n_written)
         return list(poem.lines)
 
     def answer(self, *lines: str) -> str:
@@ -98,7 +115,7 @@ def load(
     use_gpu: bool = False,
     seed: int | None = None,
     **decoding: Any,
-) -> ParaphraseRun | SonnetRun:
+) -> Paraphraser | SonnetWriter:
     """A finished run by its name, the beginning of it, or its folder; None is the newest.
 
     Names are looked for in `runs_dir`, by default the project's. `decoding` replaces fields of the
@@ -116,19 +133,16 @@ def load(
     tokenizer = load_tokenizer(base, gpt.config.vocab_size)
     kind, add = {"lora": (LoRAConfig, add_lora), "reft": (ReFTConfig, add_reft)}[record["method"]]
     add(gpt, _config(kind, record["adapter"]))
-    gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
     if record["task"] == "paraphrase":
-        model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
-        loaded = ParaphraseRun(model, tokenizer, machine)
+        loaded = Paraphraser(gpt, tokenizer, machine)
     else:
-        model = SonnetGPT(gpt)
         sampling = replace(_config(SamplingConfig, flags | record["predicted_with"]), **decoding)
         seed = flags["seed"] if seed is None else seed
-        loaded = SonnetRun(model, SonnetGenerator(gpt, tokenizer, sampling, seed, machine))
+        loaded = SonnetWriter(gpt, tokenizer, sampling, seed, machine)
     identity = {key: record[key] for key in ("method", "task", "base")}
-    load_adapter(adapter_path(folder), model, identity, machine)
-    model.to(machine.device).eval()
-    accelerate(model)
+    load_adapter(adapter_path(folder), loaded.model, identity, machine)
+    loaded.model.to(machine.device)
+    accelerate(loaded.model)
     return loaded
 
 
@@ -161,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
     if texts and not Path(run).is_dir() and not any(name.startswith(run) for name in names):
         run, texts = None, [run, *texts]  # the newest run, asked with all that is given
     loaded = load(run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
-    if isinstance(loaded, ParaphraseRun) and (decoding or args.seed is not None):
+    if isinstance(loaded, Paraphraser) and (decoding or args.seed is not None):
         raise UserError("decoding flags and --seed are for a run that writes sonnets")
     for lines in _inputs(texts, loaded.n_lines):
         print(loaded.answer(*lines), flush=True)
