@@ -36,8 +36,8 @@ HF_NAMES = {  # ours -> Hugging Face's, within a layer and outside
 }
 # Hugging Face keeps these four as Conv1D: [in, out], the transpose of a linear layer's weight.
 CONV1D_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# Causal masks that old checkpoints carry, and the output embedding, which is tied to `wte`.
-IGNORED = re.compile(r"^(h\.\d+\.attn\.(masked_)?bias|lm_head\.weight)$")
+# Causal masks that old checkpoints carry.
+IGNORED = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")
 # Of GPT2ForSequenceClassification, ...ForTokenClassification, ...ForQuestionAnswering,
 # ...DoubleHeadsModel, and of TRL's models with a value head.
 TASK_HEAD = re.compile(r"^(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
@@ -121,13 +121,20 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Prints the names of a task head that it leaves out.
     """
     model.to_empty(device="cpu")
-    missing = {hf_name(name): parameter for name, parameter in model.named_parameters()}
-    unexpected, task_head = [], []
+    parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
+    missing, unexpected, task_head = set(parameters), [], []
     for path in _weight_files(folder):
         for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
-            if name in missing:
-                _copy(tensor, missing.pop(name), f"{path}: {stored_name}", name)
+            name = "wte.weight" if name == "lm_head.weight" else name  # one tied weight
+            if name in parameters:
+                weight = parameters[name].data
+                tensor = _fitting(tensor, weight.shape, f"{path}: {stored_name}", name)
+                if name in missing:
+                    weight.copy_(tensor)
+                    missing.remove(name)
+                elif not torch.equal(weight, tensor):
+                    raise UserError(f"{path}: wte.weight and lm_head.weight must be the same")
             elif TASK_HEAD.match(name):
                 task_head.append(stored_name)
             elif not IGNORED.match(name):
@@ -141,19 +148,21 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         print(f"{folder}: left out the task head, {_some(task_head)}")
 
 
-def _copy(tensor: Any, parameter: Tensor, where: str, name: str) -> None:
+def _fitting(tensor: Any, shape: torch.Size, where: str, name: str) -> Tensor:
+    """The stored tensor in float32 and in our layout; raises UserError if it cannot be used."""
     if not isinstance(tensor, Tensor):
         raise UserError(f"{where} is not a tensor")
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
-    if tensor.shape != parameter.shape or not tensor.is_floating_point():
+    if tensor.shape != shape or not tensor.is_floating_point():
         raise UserError(
             f"{where} is {tensor.dtype} {list(tensor.shape)}, by config.json it "
-            f"must be a float of {list(parameter.shape)}"
+            f"must be a float of {list(shape)}"
         )
-    parameter.data.copy_(tensor)
-    if not parameter.sum().isfinite():
+    tensor = tensor.float()
+    if not tensor.sum().isfinite():
         raise UserError(f"{where} has values that are not finite")
+    return tensor
 
 
 def _some(names) -> str:

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
@@ -94,6 +94,13 @@ def test_other_names_of_the_configuration_are_those_of_transformers(hf_folder, t
     assert load_config(tmp_path) == load_config(hf_folder)
 
 
+def test_the_output_embedding_may_stand_for_the_tied_one(hf_model, tmp_path, expected):
+    hf_model.config.save_pretrained(tmp_path)
+    save_model(hf_model, str(tmp_path / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
+
+
 def test_half_precision_files_load_as_float32(hf_model, tmp_path):
     hf_model.config.save_pretrained(tmp_path)
     state = {k: v.half() for k, v in hf_model.state_dict().items()}
@@ -139,6 +146,9 @@ BROKEN = {
         d,
         lambda t: t.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(32, 96).long()}),
     ),
+    "wte.weight and lm_head.weight must be the same": lambda d: rewrite(
+        d, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})
+    ),
     "activation_function is 'relu'": lambda d: edit_config(d, activation_function="relu"),
     "tie_word_embeddings is False": lambda d: edit_config(d, tie_word_embeddings=False),
     "model_type is 'llama'": lambda d: edit_config(d, model_type="llama"),
@@ -174,42 +184,33 @@ def run_offline(code: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-CACHED = {
-    "models--gpt2": ("model.safetensors", ["vocab.json", "merges.txt"]),
-    "models--openai-community--gpt2": ("model.safetensors", ["tokenizer.json"]),
-    "pickled": ("pytorch_model.bin", ["tokenizer.json", "vocab.json", "merges.txt"]),
+CACHED = {  # repository -> what it has beside config.json
+    "models--gpt2": ["model.safetensors", "vocab.json", "merges.txt"],
+    "models--openai-community--gpt2": ["pytorch_model.bin", "tokenizer.json"],
 }
 
 
-@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize("repository", CACHED)
 def test_a_model_in_the_hugging_face_cache_needs_no_network(
-    hf_model, hf_folder, nano_tokenizer, tmp_path, kind
+    hf_model, hf_folder, nano_tokenizer, tmp_path, repository
 ):
-    weights, tokenizer = CACHED[kind]
-    repository = tmp_path / (kind if "models" in kind else "models--gpt2")
-    snapshot = repository / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    shutil.copy(hf_folder / "config.json", snapshot)
-    if weights == "model.safetensors":
-        shutil.copy(hf_folder / weights, snapshot)
-    else:
-        torch.save(hf_model.state_dict(), snapshot / weights)
-    nano_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    for name in tokenizer:
-        folder = tmp_path / "tokenizer" if name == "tokenizer.json" else BUNDLED
-        shutil.copy(folder / name, snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
+    everything = shutil.copytree(hf_folder, tmp_path / "everything")
+    torch.save(hf_model.state_dict(), everything / "pytorch_model.bin")
+    nano_tokenizer.save_pretrained(everything)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(BUNDLED / name, everything)
+    snapshot = tmp_path / repository / "snapshots" / "0123"
+    for path in (snapshot, tmp_path / repository / "refs"):
+        path.mkdir(parents=True)
+    (tmp_path / repository / "refs" / "main").write_text("0123")
+    for name in ("config.json", *CACHED[repository]):
+        shutil.copy(everything / name, snapshot)
     code = "from models.gpt2 import *; print(GPT2Model.from_pretrained('gpt2').config.n_embd)"
     unusable = {"HF_HUB_CACHE": str(tmp_path), "HTTPS_PROXY": "foo://bar"}
     done = run_offline(code, **unusable)
     assert done.stdout == "32\n", done.stderr
-    assert (
-        "pass --model_path" in run_offline(code.replace("'gpt2'", "'gpt2-xl'"), **unusable).stderr
-    )
-    (snapshot / tokenizer[-1]).unlink()
-    if kind != "pickled":  # whose tokenizer.json is enough
-        assert "pass --model_path" in run_offline(code, **unusable).stderr
+    (snapshot / name).unlink()
+    assert "pass --model_path" in run_offline(code, **unusable).stderr
 
 
 def test_gpt2_from_the_hub_equals_transformers():
