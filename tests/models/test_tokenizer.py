@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from data.sonnets import Sonnet
@@ -120,6 +120,15 @@ def template(tokenizer: Tokenizer) -> None:
     )
 
 
+def byte_level_normalizer(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.ByteLevel(), None
+
+
+def without_version(folder: Path) -> None:
+    path = folder / "merges.txt"
+    path.write_text(path.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
+
+
 def pad(**padding: object) -> Callable[..., object]:
     def change(tokenizer) -> None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -133,76 +142,53 @@ def sequence(*parts: object) -> Callable[[Tokenizer], None]:
 
 
 CUT = {"truncation": True, "max_length": 24}
-BLANK = pre_tokenizers.ByteLevel(add_prefix_space=True)
 WHOLE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-LOWER = normalizers.Lowercase()
+REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False)
+blank = setter("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))
+lower = setter("normalizer", normalizers.Lowercase())
+strip = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+llama = sequence(pre_tokenizers.Split(Regex(SPLIT), "isolated"), WHOLE)
+PREFIX = {"add_prefix_space": True}
+BEGIN = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
+NAMES = {"tokenizer_class": "GPT2Tokenizer", "_name_or_path": "someone/gpt2"}
+PAD = {"pad_token": "[PAD]"}
 KINDS: dict[str, Callable[[Path], object]] = {
     "vocab and merges": lambda d: None,
     "no config.json": lambda d: (d / "config.json").unlink(),
     "tokenizer.json": lambda d: save(d),
     "tokenizer.json alone": lambda d: (save(d), (d / "tokenizer_config.json").unlink()),
-    "all files": lambda d: (save(d, setter("normalizer", LOWER)), plain_folder(d)),
+    "all files": lambda d: (save(d, lower), plain_folder(d)),
     "saved truncation": lambda d: save_as_transformers(d, lambda t: t(["x"], **CUT)),
     "truncation in the file": lambda d: save(d, lambda t: t.enable_truncation(24)),
     "saved padding": lambda d: save_as_transformers(d, pad()),
     "saved left padding": lambda d: save_as_transformers(d, pad(padding_side="left")),
     "padding in the file": lambda d: save(d, lambda t: t.enable_padding(length=70)),
-    "lower case": lambda d: save(d, setter("normalizer", LOWER)),
-    "lower case as GPT2": lambda d: save(
-        d, setter("normalizer", LOWER), tokenizer_class="GPT2Tokenizer"
-    ),
-    "lower case as TokenizersBackend": lambda d: save(
-        d, setter("normalizer", LOWER), tokenizer_class="TokenizersBackend"
-    ),
+    "lower case": lambda d: save(d, lower),
+    "lower case as GPT2": lambda d: save(d, lower, tokenizer_class="GPT2Tokenizer"),
+    "lower case as backend": lambda d: save(d, lower, tokenizer_class="TokenizersBackend"),
     "NFC": lambda d: save(d, setter("normalizer", normalizers.NFC())),
-    "NFKC and a strip": lambda d: save(
-        d, setter("normalizer", normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()]))
-    ),
+    "NFKC and a strip": lambda d: save(d, setter("normalizer", strip)),
     "no regex": lambda d: save(d, setter("pre_tokenizer", WHOLE)),
-    "prefix blank": lambda d: save(d, setter("pre_tokenizer", BLANK)),
-    "GPT2 without the prefix blank of its file": lambda d: save(
-        d, setter("pre_tokenizer", BLANK), tokenizer_class="GPT2TokenizerFast"
-    ),
-    "prefix blank by configuration": lambda d: write_json(
-        d / "tokenizer_config.json", {"add_prefix_space": True}
-    ),
-    "prefix blank by both": lambda d: save(d, add_prefix_space=True, tokenizer_class=None),
-    "padding token": lambda d: save_as_transformers(
-        d, lambda t: t.add_special_tokens({"pad_token": "[PAD]"})
-    ),
+    "prefix blank": lambda d: save(d, blank),
+    "GPT2 without its prefix blank": lambda d: save(d, blank, tokenizer_class="GPT2TokenizerFast"),
+    "prefix blank configured": lambda d: write_json(d / "tokenizer_config.json", PREFIX),
+    "prefix blank of GPT2": lambda d: save(d, tokenizer_class=None, **PREFIX),
+    "padding token": lambda d: save_as_transformers(d, lambda t: t.add_special_tokens(PAD)),
     "added tokens with flags": lambda d: save(d, flagged),
-    "beginning of text": lambda d: write_json(
-        d / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
-    ),
+    "beginning of text": lambda d: write_json(d / "tokenizer_config.json", BEGIN),
     "template": lambda d: save(d, template),
     "special tokens are split": lambda d: save(d, split_special_tokens=True),
     "old files": old_files,
-    "class by config.json": lambda d: edit_json(
-        d / "config.json", tokenizer_class="GPT2Tokenizer", _name_or_path="someone/gpt2"
-    ),
+    "class by config.json": lambda d: edit_json(d / "config.json", **NAMES),
     "RoBERTa": roberta,
     "GPT-NeoX": lambda d: save(d, tokenizer_class="GPTNeoXTokenizer"),
     "CodeGen": lambda d: save(d, tokenizer_class="CodeGenTokenizer"),
-    "Qwen2": lambda d: save(d, tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>"),
-    "Llama 3": lambda d: save(
-        d,
-        sequence(pre_tokenizers.Split(SPLIT, "isolated"), WHOLE),
-        tokenizer_class="LlamaTokenizer",
-    ),
-    "StarCoder": lambda d: save(
-        d, sequence(pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False))
-    ),
+    "Qwen2": lambda d: save(d, tokenizer_class="Qwen2Tokenizer"),
+    "Llama 3": lambda d: save(d, llama, tokenizer_class="LlamaTokenizer"),
+    "StarCoder": lambda d: save(d, sequence(pre_tokenizers.Digits(True), REGEX)),
     "merges are passed over": lambda d: save(d, lambda t: setattr(t.model, "ignore_merges", True)),
-    "no version in merges.txt": lambda d: (d / "merges.txt").write_text(
-        (d / "merges.txt").read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8"
-    ),
-    "byte-level normalizer": lambda d: save(
-        d,
-        lambda t: (
-            setattr(t, "normalizer", normalizers.ByteLevel()),
-            setattr(t, "pre_tokenizer", None),
-        ),
-    ),
+    "no version in merges.txt": without_version,
+    "byte-level normalizer": lambda d: save(d, byte_level_normalizer),
 }
 
 
@@ -226,8 +212,7 @@ def test_a_text_becomes_the_ids_that_transformers_gives(folder, kind):
     assert [encode([text], tokenizer)[0] for text in TEXTS] == expected
     (ids,) = encode([PLAIN], tokenizer)
     text = PLAIN.lower() if encode(["YES"], tokenizer) == encode(["yes"], tokenizer) else PLAIN
-    for decoded in (tokenizer.decode(ids), tokenizer.backend_tokenizer.decode(ids)):
-        assert decoded == text
+    assert tokenizer.decode(ids) == tokenizer.backend_tokenizer.decode(ids) == text
     tokens = tokenizer.get_vocab()
     assert tokenizer.eos_token_id == tokens["</s>" if kind == "RoBERTa" else "<|endoftext|>"]
     if kind.startswith("prefix blank"):
@@ -284,10 +269,8 @@ def test_unused_ids_are_the_rows_that_no_text_ends_up_in(folder):
     tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<sep>"]})
     tokenizer.save_pretrained(folder)
     assert unused_ids(load_tokenizer(folder, 8192), 8192) == []
-    assert unused_ids(load_tokenizer(folder, 8256), 8256) == [
-        tokenizer.pad_token_id,
-        *range(8194, 8256),
-    ]
+    assert tokenizer.pad_token_id == 8192
+    assert unused_ids(load_tokenizer(folder, 8256), 8256) == [8192, *range(8194, 8256)]
     tokenizer.pad_token = "!"  # a token of many texts
     tokenizer.save_pretrained(folder)
     assert unused_ids(load_tokenizer(folder, 8194), 8194) == []
@@ -302,19 +285,16 @@ def test_the_end_of_text_is_the_tokenizers_or_that_of_config_json(folder):
         load_tokenizer(folder)
 
 
-def unigram(folder: Path) -> None:
-    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    write_json(folder / "tokenizer_config.json", about)
+def other_model(model: models.Model) -> Callable[[Path], None]:
+    """A tokenizer of sentencepiece's kinds."""
 
+    def make(folder: Path) -> None:
+        save(folder, setter("pre_tokenizer", pre_tokenizers.Metaspace()))
+        state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        state["model"] = json.loads(Tokenizer(model).to_str())["model"]
+        write_json(folder / "tokenizer.json", state)
 
-def metaspace(folder: Path) -> None:
-    """A BPE as sentencepiece writes it."""
-    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "\u2581a": 1, "a": 2}, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return make
 
 
 def wordpiece(folder: Path) -> None:
@@ -328,11 +308,6 @@ def own_code(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", about)
 
 
-def more_tokens(folder: Path) -> None:
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    write_json(folder / "vocab.json", vocabulary | {"more": 8192})
-
-
 def few_tokens(folder: Path) -> None:
     write_json(folder / "vocab.json", {"\u010a": 0, "a": 1, "<|endoftext|>": 2})
     (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -343,20 +318,20 @@ REFUSED = {
         lambda d: ((d / "vocab.json").unlink(), (d / "tokenizer.model").touch()),
         "has no tokenizer: vocab.json is missing",
     ),
-    "unigram": (unigram, "it is no byte-level BPE$"),
-    "metaspace": (metaspace, "it is no byte-level BPE that keeps the ends of lines"),
+    "unigram": (other_model(models.Unigram([("<unk>", 0.0)], 0)), "it is no byte-level BPE$"),
+    "metaspace": (
+        other_model(models.BPE({"a": 0}, [])),
+        "no byte-level BPE that keeps the ends of",
+    ),
     "wordpiece": (wordpiece, "the tokenizer in .* cannot be used"),
     "own code": (own_code, "names code of its own .*, which is never run"),
-    "damaged": (
-        lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"'),
-        "cannot be used",
-    ),
+    "damaged": (lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"'), "cannot be used"),
     "damaged configuration": (
         lambda d: (d / "tokenizer_config.json").write_text("["),
         "tokenizer_config.json is not JSON",
     ),
     "more tokens than embeddings": (
-        more_tokens,
+        lambda d: edit_json(d / "vocab.json", more=8192),
         "has 8,193 tokens, the model embeddings for 8,192",
     ),
     "few tokens": (few_tokens, "has 3 tokens, the model embeddings for 8,192"),
