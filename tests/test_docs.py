@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from finetune import ask
+from tests.scripts import ROOT, run_script
 
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 DOCS += [ROOT / folder / "README.md" for folder in ("data", "predictions", "models/gpt2-nano")]
@@ -72,13 +73,23 @@ def known_flags():
     return flags(known) | FOREIGN_FLAGS
 
 
+@pytest.fixture(scope="module")
+def demo_runs(tmp_path_factory):
+    """The folder of a run with the name of the demo's."""
+    folder = tmp_path_factory.mktemp("demo")
+    flags = ["--demo", "--limit_train", "24", "--limit_dev", "8"]
+    run_script("lora_paraphrase_detection.py", folder, *flags)
+    return folder / "runs"
+
+
 @each_with(lambda path: blocks(path, "python"))
-def test_python_examples_run_as_they_stand_and_offline(path, monkeypatch, tmp_path):
+def test_python_examples_run_as_they_stand_and_offline(path, demo_runs, monkeypatch, tmp_path):
     def no_network(*args):
         raise AssertionError("an example needs a network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(ask.arguments, "in_project", lambda path: demo_runs)
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {}
     for code in blocks(path, "python"):

@@ -47,7 +47,7 @@ def one_run(task: str, method: str, lr: float, seed: int, flags: list[str]) -> d
         files = ["sonnet_out"] if task == "sonnet" else ["para_dev_out", "para_test_out"]
         for name in files:
             command += [f"--{name}", f"{folder}/{name}"]
-        command += ["--checkpoint_dir", folder]
+        command += ["--runs_dir", folder]
         subprocess.run(command, check=True, capture_output=True, text=True)
         path = Path(folder) / f"{kind}-{task}-metrics.json"
         metrics = json.loads(path.read_text())

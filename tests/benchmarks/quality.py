@@ -53,7 +53,7 @@ def our_run(args: argparse.Namespace, seed: int) -> list[float]:
             "--limit_train", args.limit_train, "--batch_size", BATCH_SIZE, "--lr", args.lr,
             "--epochs", args.epochs, "--seed", seed, "--weight_decay", weight_decay, *flags.split(),
             "--para_dev_out", f"{folder}/dev.csv", "--para_test_out", f"{folder}/test.csv",
-            "--checkpoint_dir", folder,
+            "--runs_dir", folder,
         ]  # fmt: skip
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         metrics = json.loads((Path(folder) / f"{kind}-paraphrase-metrics.json").read_text())
