@@ -104,7 +104,16 @@ class Runtime:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def prepare(self, model: nn.Module, compile: bool = False) -> None:
-        """Bring a finished model to the device, and compile or accelerate it."""
+        """Bring a finished model to the device, and compile or accelerate it.
+
+        Raises UserError where torch.compile would find no compiler.
+        """
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        if compile and not any(map(shutil.which, compilers)):
+            raise UserError(
+                "--compile needs a C++ compiler, and there is neither g++ nor clang++: install "
+                "one, or leave the flag out"
+            )
         if self.autocast_dtype:
             round_frozen_matrices(model, self.autocast_dtype)
         model.to(self.device)

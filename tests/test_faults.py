@@ -195,7 +195,7 @@ def test_a_signal_ends_a_run_with_advice_and_its_usual_code(undisturbed, tmp_pat
             if name != "two_processes":  # torchrun has a code and a traceback of its own
                 assert code == 128 + signum
                 assert "Traceback" not in output(folder)
-            if (run_folder(folder) / "resume.pt").exists():
+            if list(folder.glob("runs/*/resume.pt")):
                 assert wait(start(name, folder)) != 0
                 assert "unfinished run of this command: --resume resumes it" in output(folder)
             assert wait(start(name, folder, "--resume")) == 0, output(folder)

@@ -1,5 +1,10 @@
 """Devices, precisions and random generators."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,7 @@ from models.paraphrase_gpt import ParaphraseGPT
 from modules.kernels import accelerate
 from modules.lora import LoRAConfig, add_lora
 from modules.settings import UserError
+from tests.scripts import ROOT
 
 
 def start(use_gpu: bool, precision: str) -> Runtime:
@@ -82,3 +88,29 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--nproc_per_node is more than the 2 GPUs of this machine"):
         start(True, "bf16")
+
+
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_a_driver_that_pytorch_cannot_use_is_named(monkeypatch, has_driver):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if has_driver else None)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    sentence = (
+        "there is an NVIDIA driver, but it is too old" if has_driver else "finds neither a CUDA"
+    )
+    with pytest.raises(UserError, match=sentence):
+        start(True, "auto")
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C.. compiler, and there is neither"):
+        Runtime(torch.device("cpu")).prepare(torch.nn.Linear(2, 2), compile=True)
+
+
+def test_windows_is_refused_in_a_sentence():
+    code = "import sys; sys.platform = 'win32'; import finetune.arguments"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == ("error: this project runs on Linux and macOS, and on Windows in WSL 2\n")
