@@ -65,9 +65,9 @@ def _read(folder: Path) -> "Tokenizer":
 
     config = None if (folder / "config.json").exists() else GPT2Config()
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-    if backend is None or not isinstance(backend.model, BPE):
+    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
         raise ValueError("it is no byte-level BPE")
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.model.dropout = None  # which would make the ids random
@@ -85,7 +85,7 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
 
     If a text has such a token, it is read like any other text.
     """
-    from tokenizers import Tokenizer
+    import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizer.backend_tokenizer
@@ -100,7 +100,7 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
     fitting = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
         split_special_tokens=tokenizer.split_special_tokens,
     )
     if tokenizer.eos_token in fitting.get_vocab():
