@@ -95,7 +95,7 @@ class Runtime:
             return model
         torch.manual_seed(torch.initial_seed() + self.rank)
         device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids)
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context for forward passes; parameters stay float32."""
