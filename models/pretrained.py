@@ -176,10 +176,13 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(repr(load_config(folder)).encode())
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     for path in _weight_files(folder) + tokenizer:
-        with path.open("rb") as file:
-            digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+        try:
+            with path.open("rb") as file:
+                digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -248,9 +251,17 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             if not isinstance(state, dict):
                 raise UserError(f"{path} holds no weights by name")
             for name in list(state):
-                yield str(name), state.pop(name)
+                tensor = state.pop(name)
+                if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.is_sparse):
+                    raise UserError(f"{path}: {name} is not a dense tensor")
+                yield str(name), tensor
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+        reason = (
+            "it is a Git LFS pointer, git lfs pull fetches it"
+            if _is_lfs_pointer(path)
+            else first_line(error)
+        )
+        raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def read_plain(path: Path) -> Any:
@@ -264,6 +275,16 @@ def read_plain(path: Path) -> Any:
     except Exception as error:  # a damaged file makes any of them
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = "is damaged or was not written by torch.save"
-        if code:
+        if _is_lfs_pointer(path):
+            reason = "is a Git LFS pointer: git lfs pull fetches the file"
+        elif code:
             reason = f"holds {code[1]}, which could run code: only tensors are allowed"
         raise UserError(f"{path} {reason}") from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """True for the text that git puts in place of a large file that it has not fetched."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: a core for each worker
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+
 import pytest
 import torch
 import transformers

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def script_flags(script: str, folder: Path) -> list[str]:
 
 def run_folder(folder: Path) -> Path:
     """The folder of the only run in `folder`."""
-    (found,) = (folder / "runs").glob("[!.]*")
+    (found,) = {path.parent for path in folder.glob("runs/*/*.pt")}
     return found
 
 
@@ -131,9 +131,12 @@ def _kill_at(name: str, number: int, moment: str) -> None:
 
 def wait_for(path: Path, text: str, process: BaseProcess | subprocess.Popen) -> None:
     """Wait until a process has printed `text` to the file `path`."""
-    is_alive = (
-        process.is_alive if isinstance(process, BaseProcess) else lambda: process.poll() is None
-    )
-    while text not in path.read_text(errors="replace"):
-        assert is_alive(), path.read_text(errors="replace")
+    wait_until(lambda: text in path.read_text(errors="replace"), process)
+
+
+def wait_until(is_so: Callable[[], object], process: BaseProcess | subprocess.Popen) -> None:
+    """Wait until something is so, as long as the process lives."""
+    forked = isinstance(process, BaseProcess)
+    while not is_so():
+        assert process.is_alive() if forked else process.poll() is None
         time.sleep(0.02)

@@ -346,3 +346,20 @@ def test_the_bundled_checkpoint_is_as_good_as_its_card_says():
         scores = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"])
     loss = torch.nn.functional.cross_entropy(scores[0, :-1], ids[0, 1:], reduction="sum")
     assert loss.item() / 0.6931 / len(text.encode()) < 2.6
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_git_lfs_pointer_is_named(hf_folder, tmp_path, name):
+    (tmp_path / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(UserError, match="a Git LFS pointer.* git lfs pull fetches"):
+        GPT2Model.from_pretrained(tmp_path)
+
+
+def test_tensors_that_are_not_dense_are_refused(hf_model, hf_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+    state = hf_model.state_dict()
+    state["transformer.wpe.weight"] = state["transformer.wpe.weight"].to_sparse()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="transformer.wpe.weight is not a dense tensor"):
+        GPT2Model.from_pretrained(tmp_path)
