@@ -12,7 +12,6 @@ In Python, from the folder of this project:
 
 import argparse
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from data.sonnets import GIVEN_LINES, Sonnet
 from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
-from finetune.run import RECORD, adapter_path, find_run, finished_runs, is_finished, run_folders
+from finetune.run import RECORD, adapter_path, find_run, finished_runs, is_finished
 from finetune.runtime import Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
@@ -42,8 +41,7 @@ from modules.settings import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CPU = Runtime(torch.device("cpu"))
-DECODING = SamplingConfig()
+CPU, DECODING = Runtime(torch.device("cpu")), SamplingConfig()
 
 
 class Paraphraser:
@@ -75,9 +73,7 @@ class Paraphraser:
 
 
 class SonnetWriter:
-    """Continues poems by a GPT-2 with or without an adapter: the same lines in another way each
-    time.
-    """
+    """Continues poems by a GPT-2 with or without an adapter, in another way at each call."""
 
     n_lines = GIVEN_LINES
 
@@ -95,7 +91,7 @@ class SonnetWriter:
         self.n_written = 0
 
     def write(self, lines: list[str]) -> list[str]:
-        """The lines of a poem that begins with the given ones, three of them."""
+        """The lines of a poem that begins with the three given ones."""
         lines = [line.strip() for line in lines]
         if len(lines) != GIVEN_LINES or not all(lines):
             raise UserError(f"a poem starts from {GIVEN_LINES} lines, none of them empty")
@@ -118,9 +114,9 @@ def load(
 ) -> Paraphraser | SonnetWriter:
     """A finished run by its name, the beginning of it, or its folder; None is the newest.
 
-    Names are looked for in `runs_dir`, by default the project's. `decoding` replaces fields of the
-    run's `SamplingConfig`, `seed` the run's. Raises UserError where there is no such run, or its
-    base checkpoint is no longer what it was.
+    `runs_dir` is by default the project's. `decoding` replaces fields of the run's
+    `SamplingConfig`, `seed` the run's. Raises UserError if there is no such run, or if its base
+    checkpoint has changed.
     """
     folder = _find_finished(run, Path(runs_dir or arguments.in_project("runs")))
     record = read_json(folder / RECORD)
@@ -131,8 +127,10 @@ def load(
         raise UserError(f"{base} is no longer the checkpoint that {folder.name} was trained on")
     gpt = GPT2Model.from_pretrained(base)
     tokenizer = load_tokenizer(base, gpt.config.vocab_size)
-    kind, add = {"lora": (LoRAConfig, add_lora), "reft": (ReFTConfig, add_reft)}[record["method"]]
-    add(gpt, _config(kind, record["adapter"]))
+    if record["method"] == "lora":
+        add_lora(gpt, _config(LoRAConfig, record["adapter"]))
+    else:
+        add_reft(gpt, _config(ReFTConfig, record["adapter"]))
     if record["task"] == "paraphrase":
         loaded = Paraphraser(gpt, tokenizer, machine)
     else:
@@ -147,18 +145,15 @@ def load(
 
 
 def _find_finished(run: str | Path | None, runs_dir: Path) -> Path:
-    if run is None:
-        found = finished_runs(runs_dir)
-        if not found:
-            raise UserError(
-                f"there is no finished run in {runs_dir}: train one, for example by "
-                "python lora_paraphrase_detection.py --demo"
-            )
-        return found[0]
-    folder = find_run(run, runs_dir)
-    if not is_finished(folder):
-        raise UserError(f"{folder} is unfinished: its command with --resume finishes it")
-    return folder
+    found = [find_run(run, runs_dir)] if run else finished_runs(runs_dir)
+    if not found:
+        raise UserError(
+            f"there is no finished run in {runs_dir}: train one, for example by "
+            "python lora_paraphrase_detection.py --demo"
+        )
+    if not is_finished(found[0]):
+        raise UserError(f"{found[0]} is unfinished: its command with --resume finishes it")
+    return found[0]
 
 
 def _config(kind: type, values: dict[str, Any]) -> Any:
@@ -170,40 +165,26 @@ def _config(kind: type, values: dict[str, Any]) -> Any:
 def main(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(SamplingConfig)}
     decoding = {name: value for name, value in given.items() if value is not None}
-    run, texts = args.run, args.text
-    names = [folder.name for folder in run_folders(args.runs_dir)]
-    if texts and not Path(run).is_dir() and not any(name.startswith(run) for name in names):
-        run, texts = None, [run, *texts]  # the newest run, asked with all that is given
-    loaded = load(run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
-    if isinstance(loaded, Paraphraser) and (decoding or args.seed is not None):
+    run = load(args.run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
+    if isinstance(run, Paraphraser) and (decoding or args.seed is not None):
         raise UserError("decoding flags and --seed are for a run that writes sonnets")
-    for lines in _inputs(texts, loaded.n_lines):
-        print(loaded.answer(*lines), flush=True)
-
-
-def _inputs(texts: list[str], n: int) -> Iterator[list[str]]:
-    """Groups of `n` lines: the arguments, or from standard input until it ends."""
-    is_terminal = sys.stdin.isatty() and not texts
-    if is_terminal:
-        what = "two questions" if n == 2 else f"{n} lines"
-        print(f"Type {what}, one a line; Ctrl-D ends.", file=sys.stderr)
+    if sys.stdin.isatty() and not args.text:
+        print(f"Type {run.n_lines} lines for each answer; Ctrl-D ends.", file=sys.stderr)
     group: list[str] = []
-    for line in texts or sys.stdin:
+    for line in args.text or sys.stdin:
         if line.strip():
             group.append(line.strip())
-        if len(group) == n:
-            yield group
+        if len(group) == run.n_lines:
+            print(run.answer(*group), flush=True)
             group = []
     if group:
-        were = "line was" if len(group) == 1 else "lines were"
-        raise UserError(f"{len(group)} {were} left over: this run takes {n} at a time")
+        raise UserError(f"left over, as this run takes {run.n_lines} lines at a time: {group}")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    description, _, _ = __doc__.partition("\n\nIn Python")
     parser = argparse.ArgumentParser(
         prog="python -m finetune.ask",
-        description=description,
+        description=__doc__,
         formatter_class=arguments.HelpFormatter,
         allow_abbrev=False,
     )

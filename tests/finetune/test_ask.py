@@ -69,15 +69,14 @@ def said(capsys, monkeypatch, runs, *argv: str, stdin: str = "") -> str:
 
 def test_questions_come_as_arguments_or_by_a_pipe(pairs_run, capsys, monkeypatch):
     runs, questions = pairs_run / "runs", ["How old are you?", "What is your age?"]
-    answer = said(capsys, monkeypatch, runs, *questions)
+    answer = said(capsys, monkeypatch, runs, "reft-gpt2", *questions)
     assert answer == ask.load(run_folder(pairs_run)).answer(*questions) + "\n"
-    assert said(capsys, monkeypatch, runs, "reft-gpt2", *questions) == answer
     two = "\n".join([*questions, "", *questions, ""])
     assert said(capsys, monkeypatch, runs, stdin=two) == answer * 2
-    with pytest.raises(UserError, match="1 line was left over: this run takes 2 at a time"):
+    with pytest.raises(UserError, match="left over, as this run takes 2 lines at a time: .'one'"):
         said(capsys, monkeypatch, runs, stdin="one")
     with pytest.raises(UserError, match="--seed are for a run that writes sonnets"):
-        said(capsys, monkeypatch, runs, "--seed", "3", *questions)
+        said(capsys, monkeypatch, runs, "--seed", "3", "reft-gpt2", *questions)
 
 
 def test_lines_by_a_pipe_become_a_poem(poems_run, capsys, monkeypatch):
