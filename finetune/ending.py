@@ -15,8 +15,14 @@ import torch.distributed as dist
 from finetune.runtime import LESS_MEMORY, torchrun_place
 from modules.settings import UserError
 
-OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
-PEER_GONE = re.compile("Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed")
+OUT_OF_MEMORY = re.compile(
+    "out of memory|can't allocate memory|not enough memory|Failed to CUDA calloc"  # the last, NCCL
+    "|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # no memory left for their own buffers
+)
+PEER_GONE = re.compile(
+    "Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed|ncclRemoteError"
+)
+NOT_DETERMINISTIC = re.compile(r"\w+ does not have a deterministic implementation")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TO_RESUME = "the same command with --resume resumes it"
 
@@ -99,6 +105,8 @@ def _verdict(error: BaseException, advice: str) -> tuple[int, str]:
         return 1, str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return 1, f"out of memory: {LESS_MEMORY}; earlier saves are intact"
+    if found := NOT_DETERMINISTIC.search(str(error)):
+        return 1, f"{found[0]} on this device: leave out --deterministic"
     if dist.is_initialized() and PEER_GONE.search(str(error)):
         return 1, "another process has gone"
     return 1, ""

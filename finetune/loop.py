@@ -17,13 +17,15 @@ from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
 from finetune.ending import Interrupted, held_signals
 from finetune.progress import Fitted, Progress, bar
-from finetune.runtime import STEADIER, Runtime, random_state, set_random_state
+from finetune.runtime import STEADIER, LargestBefore, Runtime, random_state, set_random_state
 from modules.adapters import load_adapter_state, trainable
 from modules.reft import Intervention
 from modules.settings import UserError, check_settings, setting
 
 Batch = dict[str, Tensor]
 Log = Callable[[dict[str, float], int], None]
+
+SMALLEST_SCALE = 1e-4  # of float16's losses, as in fairseq; 30 skipped steps in a row come to it
 
 SCHEDULES = {  # name -> share of the learning rate at progress 0..1 after warm-up
     "constant": lambda progress: 1.0,
@@ -142,6 +144,17 @@ class Trainer:
             intervention.after_step()
         self.progress.steps += 1
 
+    def read_losses(self) -> float:
+        """The epoch's mean loss so far. It waits for a GPU, so no step calls it.
+
+        Raises UserError for a loss that is not finite, in float16 for gradients that stay so.
+        """
+        if self.is_half and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                f"step {self.progress.steps}: every gradient overflows in float16: {STEADIER}"
+            )
+        return self.progress.read_losses(skip_infinite=self.is_half)
+
 
 def lr_factor(config: FitConfig, batches_per_epoch: int, step: int) -> float:
     """Factor of the learning rate at a step: a linear warm-up, then the schedule."""
@@ -166,8 +179,7 @@ def report_memory(trainer: Trainer, batches: Batches) -> None:
     set_random_state(state, runtime.device)
     text = f"a training step takes up to {runtime.peak_memory_mb():,.0f} MB of memory"
     if runtime.device.type == "cuda":
-        total = torch.cuda.get_device_properties(runtime.device).total_memory
-        text += f", the GPU has {total / 2**20:,.0f}"
+        text += f", the GPU has {runtime.usable_memory_mb():,.0f} MB for this run"
     print(text)
 
 
@@ -185,6 +197,7 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
         unit=batches.unit,
         disable=not runtime.is_main,
     )
+    agree = LargestBefore(runtime)
     last = shown = time.perf_counter()
     with examples, held_signals() as signal_came:
         while group := list(islice(rest, config.grad_accum)):
@@ -198,12 +211,12 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
             last = now
             if config.save_every and progress.steps % config.save_every == 0:
                 _save(trainer, resume)
-            if signum := runtime.largest(signal_came()):
+            if signum := agree(signal_came()):
                 _save(trainer, resume)
                 raise Interrupted(signum)
             if now - shown > 1:
                 shown = now
-                running = progress.read_losses(skip_infinite=trainer.is_half)
+                running = trainer.read_losses()
                 examples.set_postfix(loss=f"{running:.4f}", refresh=False)
                 log({"running_train_loss": running}, progress.steps)
         _save(trainer, resume)
@@ -219,10 +232,8 @@ def _end_epoch(
         raise UserError(f"epoch {epoch}: the metrics are {metrics}: {STEADIER}")
     record = {"epoch": epoch, **metrics}
     if trainer.is_half:
-        taken = trainer.optimizer.state.get(trainer.trainable[0], {}).get("step", 0)
-        record["skipped_steps"] = trainer.progress.steps - int(
-            taken
-        )  # in which a gradient had overflowed
+        taken = int(trainer.optimizer.state.get(trainer.trainable[0], {}).get("step", 0))
+        record["skipped_steps"] = trainer.progress.steps - taken  # their gradients overflowed
     record["is_best"] = stopper.update(metrics)
     trainer.progress.end_epoch(record)
     shown = " ".join(f"{name}={value:.4g}" for name, value in metrics.items())
@@ -234,7 +245,7 @@ def _end_epoch(
 
 def _save(trainer: Trainer, resume: ResumeFile | None) -> None:
     """Read the losses, and save all that a resumed run needs."""
-    trainer.progress.read_losses(skip_infinite=trainer.is_half)
+    trainer.read_losses()
     if resume is None:
         return
     random = random_state(trainer.runtime.device)

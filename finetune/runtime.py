@@ -78,14 +78,6 @@ class Runtime:
             dist.broadcast_object_list(made)
         return made[0]
 
-    def largest(self, number: int) -> int:
-        """The largest number of all ranks."""
-        if self.world_size == 1:
-            return number
-        numbers = torch.tensor([number])
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return int(numbers)
-
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model to train; with several ranks their gradients are averaged.
 
@@ -94,8 +86,12 @@ class Runtime:
         if self.world_size == 1:
             return model
         torch.manual_seed(torch.initial_seed() + self.rank)
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context for forward passes; parameters stay float32."""
@@ -136,6 +132,11 @@ class Runtime:
             for name, tensor in batch.items()
         }
 
+    def usable_memory_mb(self) -> float:
+        """Memory of the CUDA GPU that is free or that this process has reserved."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return (free + torch.cuda.memory_reserved(self.device)) / 2**20
+
     def peak_memory_mb(self) -> float:
         """Most memory the run has held: the GPU's allocations, or the process's resident set."""
         if self.device.type == "cuda":
@@ -146,6 +147,28 @@ class Runtime:
             return int(peak[1]) / 2**10
         unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+class LargestBefore:
+    """Called with a number at every step: returns the largest that any rank gave a step before.
+
+    All ranks learn it at the same step, and none waits: the reduction runs beside the step.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.numbers = torch.zeros(1, dtype=torch.long)
+        self.reduction: dist.Work | None = None
+
+    def __call__(self, number: int) -> int:
+        if self.runtime.world_size == 1:
+            return number
+        if self.reduction:
+            self.reduction.wait()
+        largest = int(self.numbers)
+        self.numbers = torch.tensor([number])  # on the CPU, so reduced by gloo
+        self.reduction = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, async_op=True)
+        return largest
 
 
 def round_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
@@ -160,14 +183,15 @@ def start(use_gpu: bool, precision: str, deterministic: bool, seed: int) -> Runt
     """Choose device (CUDA, else Apple's MPS, if a GPU is asked for) and precision, and seed all.
 
     Under torchrun this joins the other ranks, each with a GPU of its own or all on CPUs.
-    `deterministic` chooses GPU kernels that give the same bits in every run, and warns of others.
+    `deterministic` chooses CUDA kernels that give the same bits in every run.
     Raises UserError for what this machine has not.
     """
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS documents
-        torch.use_deterministic_algorithms(True, warn_only=True)
     rank, world_size, local_rank = torchrun_place()
     device = _find_device(use_gpu, world_size, local_rank)
+    if device.type == "cuda":
+        _choose_kernels(deterministic)
+    elif device.type == "mps" and deterministic:
+        raise UserError("--deterministic: PyTorch promises the same bits on CUDA only, not on MPS")
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
@@ -201,6 +225,15 @@ def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.devic
             "the command)"
         )
     raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    # cuDNN's attention would build a plan for every new shape, and here each batch has its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as cuBLAS documents
+        # With warn_only, the backward of attention would still add up in any order.
+        torch.use_deterministic_algorithms(True)
 
 
 def torchrun_place() -> tuple[int, int, int]:

@@ -50,28 +50,44 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, script, flags, bat
     assert first_outputs == second_outputs
 
 
-def test_each_rank_draws_its_own_dropout_masks(tmp_path):
-    """With the same masks in both, a batch of pairs alike would have two gradients alike."""
-    program = tmp_path / "masks.py"
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks drew as they began to train, and what they agreed on in five steps."""
+    program = tmp_path_factory.mktemp("ranks") / "ranks.py"
     program.write_text(
         textwrap.dedent(
             f"""
-            import sys
+            import json, sys
             sys.path.insert(0, {str(ROOT)!r})
             import torch
-            from finetune.runtime import start
+            from finetune.runtime import LargestBefore, start
             runtime = start(use_gpu=False, precision="fp32", deterministic=False, seed=3)
             runtime.parallel(torch.nn.Linear(2, 2))
-            drawn = runtime.gather([int(torch.randint(2**62, ()))])
+            agree = LargestBefore(runtime)
+            own = ([0, 0, 9, 1, 0], [0, 7, 0, 2, 0])[runtime.rank]
+            found = {{
+                "drawn": runtime.gather([int(torch.randint(2**62, ()))]),
+                "agreed": runtime.gather([[agree(number) for number in own]]),
+            }}
             if runtime.is_main:
-                print(len(set(drawn)))
+                print(json.dumps(found))
             torch.distributed.destroy_process_group()
             """
         )
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run([*torchrun, program], capture_output=True, text=True)
-    assert done.stdout == "2\n", done.stderr
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_each_rank_draws_its_own_dropout_masks(two_ranks):
+    """With the same masks in both, a batch of pairs alike would have two gradients alike."""
+    assert len(set(two_ranks["drawn"])) == 2
+
+
+def test_all_ranks_learn_of_a_signal_at_the_step_after_it(two_ranks):
+    assert two_ranks["agreed"] == [[0, 0, 7, 9, 2]] * 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])

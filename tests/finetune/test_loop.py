@@ -223,3 +223,27 @@ def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
     trainer.step()
     assert trainer.scaler.get_scale() == scale / 2
     assert all(torch.equal(p, was) for p, was in zip(trainer.trainable, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss_function",
+    [
+        lambda model, batch: squared_error(model, batch) * math.nan,
+        lambda model, batch: (model(batch["input_ids"]) * 0).abs().sqrt().sum(),  # 0, slope nan
+    ],
+    ids=["loss", "gradient"],
+)
+def test_float16_ends_when_every_step_is_skipped(loss_function):
+    model, config = weight_model(), FitConfig(epochs=1, save_every=20)
+    with pytest.raises(UserError, match="step 40: every gradient overflows .* --precision fp32"):
+        fit(
+            model=model,
+            loss_function=loss_function,
+            optimizer=adamw(model, config),
+            batches=Numbers([[1]] * 1000),
+            evaluate=lambda: pytest.fail("the epoch ended"),
+            stopper=EarlyStopper("loss", "min", EarlyStoppingConfig()),
+            save_best=lambda record: pytest.fail("saved"),
+            config=config,
+            runtime=Runtime(torch.device("cpu"), torch.float16),
+        )

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from datasets import SonnetBatches, TokenizedSonnet
 from finetune.ending import run
@@ -98,12 +99,45 @@ def test_the_report_of_memory_leaves_no_trace(folder, capsys):
     assert re.fullmatch(r"a training step takes up to [\d,]+ MB of memory\n", printed)
 
 
+def test_on_a_gpu_the_report_names_the_memory_that_is_free(monkeypatch, capsys):
+    class OnGPU(Runtime):
+        """What is said of a GPU, computed on the CPU."""
+
+        def to_device(self, batch):
+            return batch
+
+    for name, value in {"peak_memory_mb": 1234.5, "usable_memory_mb": 8000.0}.items():
+        monkeypatch.setattr(OnGPU, name, lambda self, value=value: value)
+    monkeypatch.setattr("finetune.loop.random_state", lambda device: {})
+    monkeypatch.setattr("finetune.loop.set_random_state", lambda state, device: None)
+    model = torch.nn.Linear(1, 1)
+    trainer = Trainer(
+        model,
+        lambda model, batch: model(batch["input_ids"][:, :1].float()).sum(),
+        adamw(model, FitConfig()),
+        FitConfig(),
+        4,
+        OnGPU(torch.device("cuda", 0)),
+    )
+    report_memory(trainer, SonnetBatches(POEMS, 2, seed=0))
+    printed = capsys.readouterr().out
+    assert (
+        printed
+        == "a training step takes up to 1,234 MB of memory, the GPU has 8,000 MB for this run\n"
+    )
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(h)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        DistBackendError("NCCL error: unhandled cuda error. Cuda failure 2 'out of memory'"),
+        DistBackendError("NCCL error: unhandled system error. Failed to CUDA calloc 1048576 bytes"),
         MemoryError(),
     ],
 )
@@ -117,9 +151,31 @@ def test_out_of_memory_says_what_to_lower(error, capsys):
     assert capsys.readouterr().err.startswith(f"error: out of memory: {LESS_MEMORY}")
 
 
-def test_other_runtime_errors_are_not_hidden():
+@pytest.mark.parametrize(
+    "message",
+    [
+        "mat1 and mat2 shapes cannot be multiplied",
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+    ],
+)
+def test_other_runtime_errors_are_not_hidden(message):
     def main():
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match=message):
         run(main)
+
+
+def test_an_operator_without_a_deterministic_form_ends_in_a_sentence(capsys):
+    def main():
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(SystemExit):
+            run(main)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    sentence = "put_ does not have a deterministic implementation on this device: leave out"
+    assert capsys.readouterr().err.startswith(f"error: {sentence} --deterministic")

@@ -1,5 +1,6 @@
 """Devices, precisions and random generators."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,23 @@ from modules.settings import UserError
 from tests.scripts import ROOT
 
 
-def start(use_gpu: bool, precision: str) -> Runtime:
-    return runtime_module.start(use_gpu, precision, deterministic=False, seed=0)
+def start(use_gpu: bool, precision: str, deterministic: bool = False) -> Runtime:
+    return runtime_module.start(use_gpu, precision, deterministic, seed=0)
 
 
-def test_devices_and_precisions(monkeypatch):
+@pytest.fixture
+def cuda(monkeypatch):
+    """PyTorch as if there were two GPUs; what a run switches is switched back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_precisions_and_devices_without_a_cuda_gpu(monkeypatch):
     assert start(False, "auto").autocast_dtype is None
     assert start(False, "bf16").autocast_dtype == torch.bfloat16
     with pytest.raises(UserError, match="--precision fp16 needs a CUDA GPU, this run is on cpu"):
@@ -33,13 +46,36 @@ def test_devices_and_precisions(monkeypatch):
         start(True, "auto")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert start(True, "auto").device.type == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)  # noqa: B023
-        assert start(True, "auto").autocast_dtype == expected
-        assert start(True, "auto").device.type == "cuda"
+    with pytest.raises(UserError, match="--deterministic: .* not on MPS"):
+        start(True, "auto", deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("is_native", "expected"), [(True, torch.bfloat16), (False, torch.float16)]
+)
+def test_on_cuda_the_precision_is_one_that_the_gpu_computes_itself(
+    cuda, monkeypatch, is_native, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: is_native)
+    runtime = start(True, "auto")
+    assert (runtime.device.type, runtime.autocast_dtype) == ("cuda", expected)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_is_strict_on_cuda_and_changes_nothing_on_a_cpu(cuda):
+    start(False, "fp32", deterministic=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    start(True, "fp32", deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_usable_memory_is_what_is_free_and_what_the_run_has_reserved(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**30)
+    assert Runtime(torch.device("cuda", 0)).usable_memory_mb() == 4096
 
 
 def test_frozen_matrices_in_bfloat16_change_no_result(gpt, capsys):
@@ -80,9 +116,7 @@ def test_a_seed_fixes_all_generators():
     assert draw() == draw()
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def test_more_processes_than_gpus_are_refused(cuda, monkeypatch):
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
