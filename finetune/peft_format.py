@@ -34,7 +34,7 @@ TARGETS_OF = {  # layer of a Hugging Face block -> its targets here, in the orde
 }
 KEY = re.compile(  # the adapted module, its block, its layer in it, A or B
     r"base_model\.model\.((?:transformer\.)?h\.(\d{1,4})\."
-    rf"({'|'.join(map(re.escape, TARGETS_OF))}))\.lora_([AB])(?:\.default)?\.weight"
+    rf"({'|'.join(map(re.escape, TARGETS_OF))}))\.lora_([AB])\.weight"
 )
 PLAIN = {  # key of adapter_config.json -> its values in plain LoRA
     "peft_type": ("LORA",),
@@ -43,11 +43,11 @@ PLAIN = {  # key of adapter_config.json -> its values in plain LoRA
 }
 # Keys that are read, or that the effect of given tensors does not depend on.
 ANY_VALUE = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
-    "lora_ga_config", "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "merge_weights",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _lora_layers(gpt: GPT2Model) -> Iterator[tuple[int, str, LoRALinear]]:
 
 def _fill(module: LoRALinear, parts: list[LowRank | None], where: str) -> None:
     """Copy adapters into the parts of a layer; rows that one lacks stay as in a fresh adapter."""
-    n = sum(module.parts)
+    n = len(parts)
     for part, A, B in zip(parts, module.lora_A.chunk(n), module.lora_B.chunk(n), strict=True):
         if part is None:
             continue
@@ -186,8 +186,8 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
     """
     config = _read_config(folder)
     path = folder / WEIGHTS
-    if not path.exists() and path.with_suffix(".bin").exists():  # PEFT before 0.7
-        path = path.with_suffix(".bin")
+    if not path.exists() and (old := path.with_suffix(".bin")).exists():  # PEFT before 0.7
+        path = old
     modules: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path):
         match = KEY.fullmatch(key.replace("_orig_mod.", ""))  # which torch.compile puts in names
@@ -212,9 +212,7 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
-        inner = sorted(folder.glob(f"*/{CONFIG}"))  # checkpoints of a Trainer, named adapters
-        hint = f", but in {inner[-1].parent}" if inner else ""
-        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it{hint}")
+        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
     config = read_json(path)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise UserError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
@@ -224,12 +222,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _finite_matrix(tensor: Any, where: str) -> Tensor:
-    """A stored tensor in float32; raises UserError unless it is a matrix of finite numbers."""
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim == 2:
-        matrix = tensor.float()
-        if matrix.numel() and matrix.isfinite().all():
-            return matrix
+def _finite_matrix(tensor: Tensor, where: str) -> Tensor:
+    if tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel():
+        tensor = tensor.float()
+        if tensor.isfinite().all():
+            return tensor
     raise UserError(f"{where} must be a matrix of finite numbers, not empty")
 
 
@@ -250,8 +247,10 @@ def _split(adapter: LowRank, targets: tuple[str, ...]) -> dict[str, LowRank]:
     So each gets back its own A of those that `export_peft` puts one below the other. A fresh
     adapter, whose B is zero, is left to all targets.
     """
+    parts = {}
     blocks = dict(zip(targets, adapter.B.chunk(len(targets)), strict=False))
-    if len(blocks) == 1 or not adapter.B.any():
-        return {target: replace(adapter, B=B) for target, B in blocks.items()}
-    used = {target: B.any(dim=0) for target, B in blocks.items() if B.any()}
-    return {t: LowRank(adapter.A[u], blocks[t][:, u], adapter.scale) for t, u in used.items()}
+    for target, B in blocks.items():
+        used = B.any(dim=0)
+        if used.any():
+            parts[target] = LowRank(adapter.A[used], B[:, used], adapter.scale)
+    return parts or {target: replace(adapter, B=B) for target, B in blocks.items()}

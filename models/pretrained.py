@@ -57,13 +57,10 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
         return _find_in_cache(name) or _fetch(name)
     if Path(name).is_dir():
         return Path(name)
-    sentence = f"{name} is neither a folder nor one of the models {', '.join(SIZES)}"
-    if name.removeprefix("openai-community/") in SIZES:
-        sentence += f": write --model_size {name.removeprefix('openai-community/')}"
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        sentence += f"; for a model of the hub, run `hf download {name} --local-dir FOLDER` "
-        sentence += "and write --model_path FOLDER"
-    raise UserError(sentence)
+    raise UserError(
+        f"{name} is neither a folder nor one of the models {', '.join(SIZES)}; for another model "
+        "of the hub, run `hf download MODEL --local-dir FOLDER` and write --model_path FOLDER"
+    )
 
 
 def _find_in_cache(name: str) -> Path | None:
@@ -84,8 +81,7 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        # Fails within seconds without a network, where a download retries for half a minute.
-        HfApi().model_info(name, timeout=5)
+        HfApi().model_info(name, timeout=5)  # without a network a download retries for 30 s
         return Path([hf_hub_download(name, file) for file in HUB_FILES][0]).parent
     except Exception as error:  # a proxy or an address that cannot be used raises any of them
         raise UserError(
@@ -148,10 +144,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         print(f"{folder}: left out the task head, {_some(task_head)}")
 
 
-def _fitting(tensor: Any, shape: torch.Size, where: str, name: str) -> Tensor:
+def _fitting(tensor: Tensor, shape: torch.Size, where: str, name: str) -> Tensor:
     """The stored tensor in float32 and in our layout; raises UserError if it cannot be used."""
-    if not isinstance(tensor, Tensor):
-        raise UserError(f"{where} is not a tensor")
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
     if tensor.shape != shape or not tensor.is_floating_point():
@@ -239,29 +233,30 @@ def _weight_files(folder: Path) -> list[Path]:
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, in an order in which file and model are never both in memory entirely."""
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
+        if path.suffix != ".safetensors":
+            yield from _take_tensors(path, read_plain(path))
+            return
+        with safe_open(path, framework="pt") as file:
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(sizes, key=sizes.get, reverse=True):
+            # Opened anew for each tensor: a closed file gives its mapped pages back.
             with safe_open(path, framework="pt") as file:
-                sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name in sorted(sizes, key=sizes.get, reverse=True):
-                # Opened anew for each tensor: a closed file gives its mapped pages back.
-                with safe_open(path, framework="pt") as file:
-                    yield name, file.get_tensor(name)
-        else:
-            state = read_plain(path)
-            if not isinstance(state, dict):
-                raise UserError(f"{path} holds no weights by name")
-            for name in list(state):
-                tensor = state.pop(name)
-                if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.is_sparse):
-                    raise UserError(f"{path}: {name} is not a dense tensor")
-                yield str(name), tensor
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        reason = (
-            "it is a Git LFS pointer, git lfs pull fetches it"
-            if _is_lfs_pointer(path)
-            else first_line(error)
-        )
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no weights by name")
+    for name in list(state):
+        tensor = state.pop(name)
+        if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse:
+            raise UserError(f"{path}: {name} is not a dense tensor")
+        yield str(name), tensor
 
 
 def read_plain(path: Path) -> Any:
@@ -275,16 +270,6 @@ def read_plain(path: Path) -> Any:
     except Exception as error:  # a damaged file makes any of them
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = "is damaged or was not written by torch.save"
-        if _is_lfs_pointer(path):
-            reason = "is a Git LFS pointer: git lfs pull fetches the file"
-        elif code:
+        if code:
             reason = f"holds {code[1]}, which could run code: only tensors are allowed"
         raise UserError(f"{path} {reason}") from error
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    """True for the text that git puts in place of a large file that it has not fetched."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(24) == b"version https://git-lfs."
