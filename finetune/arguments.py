@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from finetune.early_stopping import EarlyStoppingConfig
+from finetune.identity import INPUTS, OUTPUTS
 from finetune.loop import FitConfig
-from finetune.run import INPUTS, OUTPUTS
 from finetune.runtime import PRECISIONS
 from finetune.sampling import SamplingConfig
 from models.config import SIZES

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from finetune import report, run
+from finetune import identity, report, run
 from finetune.arguments import HelpFormatter, in_project
 from finetune.files import write_files
 from models.config import read_json
@@ -33,7 +33,7 @@ CSV_ONLY = {"model", "epochs", "dev_loss", "memory_mb"}
 MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
 # Flags that columns show, or that decide no adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"}
-NOT_COMPARED |= run.PREDICTION | run.MACHINE | run.NEITHER
+NOT_COMPARED |= identity.PREDICTION | identity.MACHINE | identity.NEITHER
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def summarize(records: list[dict[str, Any]]) -> Group:
         if len(scores) > 1:
             values[f"{column}_sd"] = stdev(scores)
     flags = {name: str(arguments[name]) for name in arguments.keys() - NOT_COMPARED}
-    flags |= {name: Path(flags[name]).name for name in flags.keys() & run.DATA}
+    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA}
     return Group([record["name"] for record in records], flags, values)
 
 

@@ -1,11 +1,10 @@
-"""A run's folder: its name says what decides the adapter, its files are no other run's."""
+"""A run's folder: its files, which no other run writes, and what is shown of them."""
 
 import contextlib
-import hashlib
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,14 @@ from torch import nn
 from finetune.checkpoint import ResumeFile, load_adapter, save_adapter
 from finetune.ending import Finished
 from finetune.files import check_writable, lock, write_files
+from finetune.identity import MACHINE, OUTPUTS, PREDICTION, Identity, predicts_with_import
 from finetune.outputs import TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
-from finetune.sampling import SamplingConfig
-from models.pretrained import fingerprint, read_json
+from models.pretrained import read_json
 from modules.settings import UserError
 
 RECORD, STATE = "run.json", "resume.pt"  # in a run's folder; no STATE: the run is finished
-# Flags whose files decide the adapter by their content, and all that name files to read.
-DATA = ("para_train", "para_dev", "sonnet_path", "import_peft")
-INPUTS = (*DATA, "para_test", "held_out_sonnet_path", "dev_sonnet_path", "dev_gold_path")
-OUTPUTS = ("para_dev_out", "para_test_out", "sonnet_out")
 FILES = {  # what a run writes for people -> its name; the metrics are kept as RECORD
     "para_dev_out": "{method}-para-dev-output.csv",
     "para_test_out": "{method}-para-test-output.csv",
@@ -38,13 +33,6 @@ FILES = {  # what a run writes for people -> its name; the metrics are kept as R
     "report": "{method}-{task}-report.html",
     "picture": "{method}-{task}-report.png",
 }
-# Flags that decide predictions, but not the adapter.
-PREDICTION = {field.name for field in fields(SamplingConfig)} | {"num_samples", *INPUTS} - {*DATA}
-# Flags that change an adapter within rounding only: a resumed run must repeat them.
-MACHINE = {"use_gpu", "compile", "gradient_checkpointing", "deterministic"}
-# Flags that change neither; the base checkpoint counts by its content.
-NEITHER = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged", *OUTPUTS}
-NEITHER |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +41,7 @@ class Run:
 
     folder: Path
     flags: dict[str, Any]
-    identity: dict[str, Any]  # what must be the same where its adapter is loaded
-    recipe: str  # hex digits, the same for runs that differ in their seeds alone
+    identity: Identity
     runtime: Runtime
     resume: ResumeFile | None
     log: TensorBoardLog
@@ -70,61 +57,44 @@ class Run:
         nor `--overwrite` says what to do, or if there is no adapter to predict with, and OSError if
         another process is at it.
         """
-        identity = {"method": adapter.method, "task": task, "base": fingerprint(base)}
-        model = flags["model_path"].resolve().name if flags["model_path"] else flags["model_size"]
-        rank = "peft" if flags.get("import_peft") else adapter.rank
-        is_imported = bool(flags["predict_only"] and flags.get("import_peft"))
-        epochs = 0 if is_imported else flags["epochs"]
-        stem = "-".join(map(str, (adapter.method, model, epochs, flags["lr"], rank, task)))
-        decisive = identity | _decisive(flags)
-        digest, recipe = _digest(decisive), _digest(decisive | {"seed": None})
-        folder = flags["runs_dir"] / f"{stem}-{digest[:6]}"
-        held = None
+        identity = Identity.of(flags, task, adapter, base)
+        folder, held, resume = flags["runs_dir"] / identity.name, None, None
         if runtime.is_main:
             busy = f"another process is at this run, {folder}: wait for its end"
-            held = lock(flags["runs_dir"] / ".locks" / folder.name, busy)
+            held = lock(flags["runs_dir"] / ".locks" / identity.name, busy)
             for path in (flags[name] for name in OUTPUTS if name in flags):
                 check_writable(path)
-        resume = None
-        if not flags["predict_only"]:
-            runtime.from_main(lambda: _start_over(folder) if flags["overwrite"] else None)
-            _refuse_finished(folder, flags, runtime)
-            machine = {f"--{name}": str(flags[name]) for name in sorted(MACHINE)}
-            machine |= {"digest": digest, "the number of processes": str(runtime.world_size)}
-            resume = ResumeFile.open(folder / STATE, machine, flags["resume"], runtime)
+        if flags["predict_only"]:
+            if not predicts_with_import(flags):
+                runtime.from_main(lambda: _check_trained(folder))
+        else:
+            if runtime.from_main(lambda: _is_done(folder, flags["overwrite"])):
+                raise Finished(
+                    f"{folder} is a finished run of this command: --predict_only writes its "
+                    "predictions again, --overwrite trains it anew"
+                )
+            conditions = {f"--{name}": str(flags[name]) for name in sorted(MACHINE)}
+            conditions["the number of processes"] = str(runtime.world_size)
+            conditions["the digest"] = identity.digest
+            resume = ResumeFile.open(folder / STATE, conditions, flags["resume"], runtime)
         log = TensorBoardLog(folder if flags["tensorboard"] and runtime.is_main else None)
-        run = cls(folder, flags, identity | {"model": model}, recipe, runtime, resume, log, held)
-        if flags["predict_only"] and not is_imported:
-            runtime.from_main(run.check_trained)
-        return run
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
-
-    def check_trained(self) -> None:
-        """Raise UserError if there is no adapter to predict with."""
-        if not adapter_path(self.folder).exists():
-            raise UserError(
-                f"{adapter_path(self.folder)} does not exist: train first, by the same command "
-                f"without --predict_only{_others(self.folder)}"
-            )
+        return cls(folder, flags, identity, runtime, resume, log, held)
 
     def save_adapter(self, model: nn.Module, record: dict[str, Any]) -> None:
         """Write the model's adapter with its epoch's `record`."""
         if self.runtime.is_main:
-            save_adapter(adapter_path(self.folder), model, self.identity | record)
+            save_adapter(adapter_path(self.folder), model, self.identity.of_adapter() | record)
 
     def load_adapter(self, model: nn.Module) -> dict[str, Any]:
         """Load the best epoch's adapter into the model; returns the epoch's record.
 
         An adapter that was imported to predict with is in the model already.
         """
-        if self.flags["predict_only"] and self.flags.get("import_peft"):
+        if predicts_with_import(self.flags):
             return {"epoch": 0, "is_best": True}
-        about = load_adapter(adapter_path(self.folder), model, self.identity, self.runtime)
-        return {name: value for name, value in about.items() if name not in self.identity}
+        expected = self.identity.of_adapter()
+        about = load_adapter(adapter_path(self.folder), model, expected, self.runtime)
+        return {name: value for name, value in about.items() if name not in expected}
 
     def record(
         self, adapter: Any, best: dict[str, Any], fitted: Fitted | None, final: dict[str, Any]
@@ -134,7 +104,8 @@ class Run:
         `best` is the best epoch's record, `final` the metrics of its adapter. What was measured in
         training comes from `fitted`, or without one from the training's own record.
         """
-        record = {"name": self.name, **self.identity, "recipe": self.recipe, "date": _now()}
+        record = {"name": self.identity.name, **self.identity.of_adapter()}
+        record |= {"recipe": self.identity.recipe, "date": _now()}
         base = self.flags["model_path"]
         flags = self.flags | {"model_path": base and base.absolute()}
         record |= {"arguments": flags, "adapter": asdict(adapter), "history": [best]}
@@ -174,7 +145,7 @@ class Run:
         return {key: shown[key] for key in contents}
 
     def _kept(self, key: str) -> Path:
-        return self.folder / FILES[key].format(**self.identity)
+        return self.folder / FILES[key].format(**self.identity.of_adapter())
 
     def _shown(self) -> dict[str, Path]:
         """Where each of the run's files is shown, by its key in FILES."""
@@ -183,7 +154,7 @@ class Run:
         if "sonnet_out" in shown:
             shown["samples"] = first.with_stem(f"{first.stem}_samples")
         for key in ("metrics", "report", "picture"):
-            shown[key] = first.parent / FILES[key].format(**self.identity)
+            shown[key] = first.parent / FILES[key].format(**self.identity.of_adapter())
         return shown
 
     def finish(self) -> None:
@@ -231,17 +202,21 @@ def find_run(run: str | Path, runs_dir: Path) -> Path:
     raise UserError(f"{str(run)!r} {fault}{': ' if names else ''}{shown}")
 
 
-def _refuse_finished(folder: Path, flags: dict[str, Any], runtime: Runtime) -> None:
-    if runtime.from_main(lambda: is_finished(folder)):
-        raise Finished(
-            f"{folder} is a finished run of this command: --predict_only writes its predictions "
-            "again, --overwrite trains it anew"
+def _is_done(folder: Path, overwrite: bool) -> bool:
+    """True for a finished run; to overwrite one, its record and state are removed."""
+    if overwrite:
+        for name in (RECORD, STATE):
+            (folder / name).unlink(missing_ok=True)
+    return is_finished(folder)
+
+
+def _check_trained(folder: Path) -> None:
+    """Raise UserError if there is no adapter to predict with."""
+    if not adapter_path(folder).exists():
+        raise UserError(
+            f"{adapter_path(folder)} does not exist: train first, by the same command without "
+            f"--predict_only{_others(folder)}"
         )
-
-
-def _start_over(folder: Path) -> None:
-    for name in (RECORD, STATE):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _others(folder: Path) -> str:
@@ -251,32 +226,6 @@ def _others(folder: Path) -> str:
     names = [path.name for path in finished_runs(folder.parent)]
     names = [name for name in names if name.startswith(method) and f"-{task}-" in name]
     return f"; the runs there are of other flags: {', '.join(names[:3])}" if names else ""
-
-
-def _decisive(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that decide the adapter; of files, the content."""
-    decisive = {}
-    for name, value in flags.items():
-        if name == "import_peft" and value:
-            decisive[name] = [_sha256(path) for path in sorted(value.glob("adapter_*"))]
-        elif name in DATA and value:
-            decisive[name] = _sha256(value)
-        elif name not in PREDICTION | MACHINE | NEITHER:
-            decisive[name] = str(value)
-    return decisive
-
-
-def _digest(decisive: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: see data/README.md for where to get it") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _now() -> str:

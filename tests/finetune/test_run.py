@@ -10,7 +10,7 @@ import torch
 
 from finetune import arguments
 from finetune.ending import Finished
-from finetune.run import MACHINE, NEITHER, PREDICTION, Run, adapter_path, finished_runs
+from finetune.run import Run, adapter_path, finished_runs
 from finetune.runtime import Runtime
 from models.pretrained import BUNDLED
 from modules.lora import LoRAConfig
@@ -52,69 +52,8 @@ def opened(tmp_path):
     return open_run
 
 
-def test_a_name_tells_method_model_epochs_rate_rank_and_task(opened):
-    stem, _, digest = opened("--lora_rank", 2, "--lr", 0.002).name.rpartition("-")
-    assert stem == "lora-gpt2-nano-3-0.002-2-paraphrase"
-    assert len(digest) == 6
-    assert opened(task="sonnet", method="reft").name.startswith("reft-gpt2-nano-3-0.0001-4-sonnet-")
-
-
-@pytest.mark.parametrize("method", ADAPTERS)
-@pytest.mark.parametrize("task", ["paraphrase", "sonnet"])
-def test_a_new_flag_decides_the_adapter_unless_it_is_listed(method, task):
-    flags = vars(parsed(method=method, task=task)).keys()
-    decisive = {"batch_size", "early_stopping_patience", "epochs", "grad_accum", "grad_clip"}
-    decisive |= {"limit_dev", "limit_train", "lr", "lr_schedule", "min_improvement", "precision"}
-    decisive |= {"seed", "warmup_ratio", "weight_decay"}
-    decisive |= {"para_train", "para_dev"} if task == "paraphrase" else {"sonnet_path"}
-    decisive |= {"import_peft"} if method == "lora" else set()
-    own = {flag for flag in flags if flag.startswith(f"{method}_")}
-    assert flags - PREDICTION - MACHINE - NEITHER == decisive | own
-
-
-DIFFERENT = ["--seed 2", "--lora_alpha 8", "--lora_targets query value", "--limit_train 20"]
-DIFFERENT += ["--lr_schedule linear", "--weight_decay 0.1", "--early_stopping_patience 1"]
-SAME = ["--debug", "--save_every 7", "--gradient_checkpointing", "--tensorboard"]
-SAME += ["--lora_targets query,key,value attention_dense interm_dense,out_dense"]
-
-
-@pytest.mark.parametrize("flags", DIFFERENT + SAME)
-def test_runs_differ_by_what_decides_the_adapter(opened, flags):
-    same = opened(*flags.split()).folder == opened().folder
-    assert same == (flags in SAME)
-
-
-def test_runs_that_differ_in_their_seeds_alone_have_one_recipe(opened):
-    assert opened("--seed", 2).recipe == opened("--seed", 3).recipe
-    assert opened("--seed", 2, "--lr", 0.1).recipe != opened("--seed", 2).recipe
-
-
-def test_decoding_flags_and_held_out_files_are_of_the_same_run(opened, tmp_path):
-    plain = opened(task="sonnet").folder
-    poems = tmp_path / "poems.txt"
-    for flags in (["--temperature", 0.7], ["--held_out_sonnet_path", poems], ["--num_samples", 3]):
-        assert opened(*flags, task="sonnet").folder == plain
-
-
-def test_data_and_base_count_by_content_not_by_name(opened, tmp_path):
-    data, base = tmp_path / "pairs.csv", tmp_path / "gpt2-nano"
-    data.write_bytes((arguments.DATA / "sample-pairs-train.csv").read_bytes())
-    base.mkdir()
-    for file in BUNDLED.iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    plain = opened().folder
-    assert opened("--para_train", data, base=base).folder == plain
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.5}))
-    assert opened(base=base).folder != plain
-    data.write_bytes(data.read_bytes() + b"1\tA?\tB?\t0\n")
-    assert opened("--para_train", data).folder != plain
-    with pytest.raises(UserError, match=r"none.csv does not exist: see data/README.md"):
-        opened("--para_train", tmp_path / "none.csv")
-
-
 def record(run: Run) -> dict:
-    return {"name": run.name, "history": [{"epoch": 1, "is_best": True}], "final": {}}
+    return {"name": run.identity.name, "history": [{"epoch": 1, "is_best": True}], "final": {}}
 
 
 def test_a_finished_run_says_so_and_what_can_be_done(opened):
@@ -144,7 +83,7 @@ def test_an_unfinished_run_asks_what_to_do(opened):
 def test_predicting_without_an_adapter_names_the_runs_there_are(opened):
     other = opened("--seed", 2)
     other.write(record(other), {})
-    with pytest.raises(UserError, match=f"does not exist: train first.*: {other.name}$"):
+    with pytest.raises(UserError, match=f"does not exist: train first.*: {other.identity.name}$"):
         opened("--predict_only")
 
 
@@ -154,13 +93,13 @@ def test_shown_files_are_of_one_run(opened, tmp_path):
     shown = second.write(record(second), {"sonnet_out": "two", "report": "s"})
     assert shown["report"].name == "lora-sonnet-report.html"
     metrics = shown.pop("metrics")
-    assert json.loads(metrics.read_text())["name"] == second.name
+    assert json.loads(metrics.read_text())["name"] == second.identity.name
     assert metrics.name == "lora-sonnet-metrics.json"
     names = {metrics.name, *(path.name for path in shown.values())}
     assert {p.name for p in (tmp_path / "shown").iterdir() if p.name != ".lock"} == names
     assert (first.folder / "lora_generated_sonnets.txt").read_text() == "one"
     assert (first.folder / "lora_generated_sonnets_samples.txt").read_text() == "some"
-    assert json.loads((first.folder / "run.json").read_text())["name"] == first.name
+    assert json.loads((first.folder / "run.json").read_text())["name"] == first.identity.name
 
 
 def test_predicting_from_an_unfinished_run_does_not_finish_it(opened):
