@@ -24,12 +24,11 @@ SCORES = {  # task -> column -> its name in a record's final metrics; the first 
     "paraphrase": {"accuracy": "dev_accuracy", "macro_f1": "dev_macro_f1", "dev_loss": "dev_loss"},
     "sonnet": {"val_loss": "val_loss", "dev_loss": "dev_loss", "chrf": "dev_chrf"},
 }
-FORMATS = {  # column -> how the table shows it; those of CSV_ONLY do not fit into 80 columns
+FORMATS = {  # column -> how the table shows it; the names below the table tell the model
     **{"method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
     **{"accuracy": ".3f", "macro_f1": ".3f", "val_loss": ".3f", "dev_loss": ".3f", "chrf": ".1f"},
     **{"seconds": ",.0f", "memory_mb": ",.0f"},
 }
-CSV_ONLY = {"model", "epochs", "dev_loss", "memory_mb"}
 MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
 # Flags that columns show, or that decide no adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"}
@@ -140,7 +139,7 @@ def summarize(records: list[dict[str, Any]]) -> Group:
 
 def format_groups(groups: list[Group]) -> str:
     """The groups as numbered lines, then their names and the flags in which they differ."""
-    columns = [name for name in FORMATS if name in groups[0].values and name not in CSV_ONLY]
+    columns = [name for name in FORMATS if name in groups[0].values and name != "model"]
     rows = [["", "n", *columns]]
     for i, group in enumerate(groups, 1):
         rows.append([str(i), str(len(group.names)), *map(group.cell, columns)])
