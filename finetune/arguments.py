@@ -107,19 +107,28 @@ def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, title: str, *configs: type, prefix: str = ""
+    parser: argparse.ArgumentParser,
+    title: str,
+    *configs: type,
+    prefix: str = "",
+    optional: bool = False,
 ) -> None:
-    """A group of flags, one for each field of config dataclasses, with `prefix` in their names."""
+    """A group of flags, one for each field of config dataclasses, with `prefix` in their names.
+
+    `optional` flags are None where they are not given.
+    """
     group = parser.add_argument_group(title)
     for config in configs:
         for field in fields(config):
             hint, help = str(get_type_hints(config)[field.name]), field.metadata["help"]
-            options: dict[str, Any] = {"default": field.default, "help": help}
+            default = None if optional else field.default
+            options: dict[str, Any] = {"default": default, "help": help}
             if hint == "<class 'bool'>":
                 options["action"] = "store_true"
             else:
                 options |= {"type": _converter(field, hint), "metavar": _metavar(field, hint)}
-                options["help"] = help if "[" in help else f"{help} [%(default)s]"
+                if not optional and "[" not in help:
+                    options["help"] += " [%(default)s]"
             if hint.startswith("tuple"):
                 options["nargs"] = "+"
             group.add_argument(f"--{prefix}{field.name}", **options)

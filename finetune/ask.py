@@ -197,8 +197,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
     parser.add_argument("--use_gpu", action="store_true", help="CUDA, else Apple's MPS")
     parser.add_argument("--seed", type=int, metavar="N", help="decides the poems [the run's]")
-    arguments.add_settings(parser, "generation [as the run's]", SamplingConfig)
-    parser.set_defaults(**{f.name: None for f in fields(SamplingConfig)})
+    arguments.add_settings(parser, "generation [as the run's]", SamplingConfig, optional=True)
     return parser.parse_args(argv)
 
 
