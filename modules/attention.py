@@ -48,6 +48,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # [B,T,C]
         return y[:, 0] if last_only else layout.to_tokens(y)
 
-    def _heads(self, qkv: Tensor) -> Tensor:
-        """[B,T,3C] to [3,B,H,T,D]."""
-        return qkv.unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+    def _heads(self, qkv: Tensor) -> list[Tensor]:
+        """[B,T,3C] to three of [B,H,T,D]."""
+        parts = qkv.unflatten(2, (3, self.n_head, -1)).unbind(2)  # [B,T,H,D] each
+        return [part.transpose(1, 2) for part in parts]

@@ -2,22 +2,21 @@
 
 import contextlib
 import ctypes
-import math
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.attention import CausalSelfAttention
+from modules.byte_dropout import ByteDropout, drop, drop_gradient, native_dropout_works
 from modules.lora import LoRALinear
+from modules.lora_kernels import FastLoRALinear, cast_adapters_at_once
 from modules.next_token_loss import NextTokenLoss
 from modules.onednn import (
     OneDNNMatmul,
-    add_matmul,
     agrees,
     matmul,
     onednn_works,
@@ -34,7 +33,8 @@ def accelerate(model: nn.Module) -> None:
     """Swap the modules of a finished model for faster ones, which have the same parameters.
 
     On every device:
-      LoRALinear           its own backward: keeps less, and adds by the matmul itself
+      LoRALinear           its own backward: keeps less, and adds by the matmul itself; under
+                           autocast one cast of all A and B in a forward of the model
       NextTokenLoss        logits of 128 states at a time, their gradient made on the way
     On a CPU:
       nn.Dropout           masks cut as bytes from random words; p is rounded to a 256th
@@ -61,6 +61,8 @@ def accelerate(model: nn.Module) -> None:
             faster[CausalSelfAttention] = FastCausalSelfAttention
     for module in model.modules():
         module.__class__ = faster.get(type(module), type(module))
+    if any(isinstance(module, FastLoRALinear) for module in model.modules()):
+        cast_adapters_at_once(model)
 
 
 class FastLinear(nn.Linear):
@@ -74,118 +76,6 @@ class FastLinear(nn.Linear):
         if use_onednn(x):
             return OneDNNMatmul.apply(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
-
-
-# Dropout
-
-
-def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """y, its mask, and the scale that is missing: y * scale is x after dropout.
-
-    On a CPU the mask is cut as bytes from 64-bit random words: a fifteenth of the time in which
-    `F.dropout` draws a number for each element.
-    """
-    if x.device.type != "cpu":
-        return *torch.native_dropout(x, p, True), 1.0
-    n_dropped = min(255, round(256 * p))  # of the 256 values of a byte
-    seed = int(torch.randint(2**62, ()))  # so that PyTorch's generator decides it all
-    words = np.random.SFC64(seed).random_raw(math.ceil(x.numel() / 8))
-    mask = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)
-    mask.ge_(n_dropped)  # in place: the comparison to a tensor of bool is 15 times slower
-    return mask.to(x.dtype).mul_(x), mask, 256 / (256 - n_dropped)
-
-
-@cache
-def native_dropout_works(device: torch.device) -> bool:
-    """Is `native_dropout`, by which `drop` works off a CPU, right in both directions?"""
-    x = torch.ones(8, 8, device=device)
-
-    def deviation() -> Tensor:
-        y, mask = torch.native_dropout(x, 0.5, True)
-        gradient = torch.ops.aten.native_dropout_backward(x, mask, 2.0)
-        return torch.stack([y - gradient, y * (y - 2)])  # all are 0 or 2
-
-    return agrees("its own LoRA backward", deviation, lambda: x.new_zeros(2, 8, 8))
-
-
-def drop_gradient(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The gradient of x from that of the y of `drop`."""
-    if mask.dtype == torch.bool:
-        return torch.ops.aten.native_dropout_backward(grad, mask, 1 / (1 - p))
-    return mask.to(grad.dtype).mul_(grad)
-
-
-class _Drop(torch.autograd.Function):
-    """Saves a byte for each element."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float) -> Tensor:
-        y, mask, ctx.scale = drop(x, p)
-        ctx.p = p
-        ctx.save_for_backward(mask)
-        return y.mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return drop_gradient(grad, ctx.saved_tensors[0], ctx.p).mul_(ctx.scale), None
-
-
-class ByteDropout(nn.Dropout):
-    """x * mask / (1 - p), p rounded to a 256th, and the scale exact for the rounded p."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Drop.apply(x, self.p) if self.training and self.p else x
-
-
-# LoRA
-
-
-class FastLoRALinear(LoRALinear):
-    """W x + b + (alpha/r) B A dropout(x) in one autograd function."""
-
-    prepacked: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.prepacked is not None:
-            return prepacked_linear(x, self.prepacked, self.bias)
-        if self.merged:
-            return super().forward(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        tensors = (x, self.weight, self.bias, self.lora_A, self.block_B())
-        x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
-        p = self.dropout.p if self.training else 0.0
-        y = LoRAMatmul.apply(x.flatten(0, -2), W, b, A, B, self.scale, p)
-        return y.view(*x.shape[:-1], -1)
-
-
-class LoRAMatmul(torch.autograd.Function):
-    """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A and B.
-
-    Keeps of x what dropout left, a mask of bytes and A dropout(x). One matmul adds to the other:
-    where BLAS does it, the sum is no pass of its own over the memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float, p: float):
-        dropped, mask, left = drop(x, p) if p else (x, None, 1.0)
-        z = matmul(dropped, A)  # [N,nR]
-        ctx.scale, ctx.p = scale * left, p
-        ctx.save_for_backward(dropped, mask, z, W, A, B)
-        return add_matmul(matmul(x, W, b), z * ctx.scale, B)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        dropped, mask, z, W, A, B = ctx.saved_tensors
-        grad_z = matmul(grad, B.T) * ctx.scale
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = matmul(grad_z, A.T)
-            if ctx.p:
-                grad_x = drop_gradient(grad_x, mask, ctx.p)
-            add_matmul(grad_x, grad, W.T)
-        grad_A, grad_B = matmul(grad_z.T, dropped.T), matmul(z.T, grad.T).T * ctx.scale
-        return grad_x, None, None, grad_A, grad_B, None, None
 
 
 # Attention

@@ -85,7 +85,7 @@ class TokenLayout:
     def _scatter(self, x: Tensor, index: Tensor | None) -> Tensor:
         B, T = self.shape
         if index is not None:
-            x = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, index, x)
+            x = x.new_zeros(B * T, *x.shape[1:]).index_copy_(0, index, x)
         return x.unflatten(0, (B, T))
 
     def to_tokens(self, rows: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from modules.settings import UserError, check_settings, setting
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # Not F.relu, whose slope at 0 is 0: (No)DiReFT starts at 0 and would stay there.
-    "relu": lambda x: x.clamp(min=0),
+    "relu": lambda x: F.threshold(x, -torch.finfo(x.dtype).tiny, 0.0),
     "gelu": F.gelu,
     "tanh": torch.tanh,
     "linear": lambda x: x,
@@ -168,7 +168,7 @@ class Orthonormal(Intervention):
 
     def after_step(self) -> None:
         """Make the rows of R orthonormal again."""
-        orthonormalize_(self.reft_R)
+        orthonormalize_([self.reft_R])
 
 
 class LoReFT(Orthonormal):
@@ -203,14 +203,24 @@ INTERVENTIONS: dict[str, type[Intervention]] = dict(
 
 
 @torch.no_grad()
-def orthonormalize_(R: Tensor) -> None:
-    """Make the rows of R [R,C] orthonormal in place: Gram-Schmidt, by the Cholesky factor of RR^T.
+def orthonormalize_(matrices: list[Tensor]) -> None:
+    """Make the rows of each R [R,C] orthonormal in place, of all in one batch.
 
-    After an optimizer step R is nearly orthonormal still, so one pass is exact to rounding. It
-    takes R x R numbers; a parametrization would do as much in every forward and backward.
+    This is Gram-Schmidt, by the Cholesky factor of RR^T. After an optimizer step R is nearly
+    orthonormal still, so one pass is exact to rounding. It takes R x R numbers; a parametrization
+    would do as much in every forward and backward.
     """
-    L = torch.linalg.cholesky_ex(R @ R.T).L  # cholesky itself makes a GPU wait for its check
-    R.copy_(torch.linalg.solve_triangular(L, R, upper=False))
+    R = torch.stack(matrices)  # [M,R,C]
+    L = torch.linalg.cholesky_ex(R @ R.mT).L  # cholesky itself makes a GPU wait for its check
+    R = torch.linalg.solve_triangular(L, R, upper=False)
+    torch._foreach_copy_(matrices, R.unbind())
+
+
+def orthonormalize(model: nn.Module) -> None:
+    """Make the rows of every R of a model orthonormal again, after an optimizer step."""
+    matrices = [module.reft_R for module in model.modules() if isinstance(module, Orthonormal)]
+    if matrices:
+        orthonormalize_(matrices)
 
 
 def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:

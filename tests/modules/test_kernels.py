@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -17,14 +16,12 @@ from modules.kernels import (
     ByteDropout,
     ChunkedNextTokenLoss,
     FastLinear,
-    FastLoRALinear,
     accelerate,
-    drop,
     prepacked,
 )
 from modules.lora import LoRAConfig, LoRALinear, add_lora
 from modules.next_token_loss import NextTokenLoss
-from modules.onednn import add_matmul, matmul, onednn_leads, onednn_works
+from modules.onednn import matmul, onednn_leads, onednn_works
 from tests.conftest import ROOT
 from tests.models.test_gpt2 import with_unused_rows
 
@@ -105,187 +102,6 @@ def test_the_core_tests_pass_without_acceleration():
     env = os.environ | {"GPT2_ACCELERATE": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-# Matmuls
-
-
-def matrix(layout: str, rows: int, columns: int) -> torch.Tensor:
-    """Random numbers, in the rows x columns of one of several layouts."""
-    if layout == "transposed":
-        return torch.randn(columns, rows).T
-    if layout == "strided":
-        return torch.randn(rows, 2 * columns)[:, ::2]
-    return torch.randn(rows, columns)
-
-
-@pytest.mark.parametrize(
-    "layouts", [("plain", "plain"), ("transposed", "strided"), ("strided", "transposed")]
-)
-def test_matmuls_are_those_of_f_linear(library, layouts):
-    torch.manual_seed(0)
-    x, W = matrix(layouts[0], 31, 17), matrix(layouts[1], 23, 17)
-    b, y = torch.randn(23), torch.randn(31, 23)
-    assert torch.allclose(matmul(x, W), F.linear(x, W), atol=1e-5)
-    assert torch.allclose(matmul(x, W, b), F.linear(x, W, b), atol=1e-5)
-    expected = y + F.linear(x, W)
-    assert add_matmul(y, x, W) is y
-    assert torch.allclose(y, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "trains",
-    [(False, False, False), (True, False, False), (True, True, True), (False, True, False)],
-)
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_of_a_linear_layer_are_those_of_f_linear(library, trains, bias):
-    torch.manual_seed(0)
-    layer, x = fast_linear(17, 23, bias), torch.randn(3, 7, 17, requires_grad=trains[0])
-    layer.weight.requires_grad_(trains[1])
-    if bias:
-        layer.bias.requires_grad_(trains[2])
-    y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
-    assert y.shape == (3, 7, 23)
-    assert torch.allclose(y, expected, atol=1e-5)
-    inputs = [t for t in (x, layer.weight, layer.bias) if t is not None and t.requires_grad]
-    assert y.requires_grad == bool(inputs)
-    if inputs:
-        weighting = torch.randn(3, 7, 23)
-        pairs = zip(
-            *(torch.autograd.grad(out, inputs, weighting) for out in (y, expected)), strict=True
-        )
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-
-
-@prepacks
-def test_onednn_takes_large_float32_matmuls_and_no_others(monkeypatch):
-    monkeypatch.setattr(onednn, "onednn_leads", lambda: True)
-    counted = []
-    monkeypatch.setattr(onednn.F, "linear", lambda x, *_: counted.append(len(x)))
-    large, W = torch.randn(400, 200), torch.randn(100, 200)
-    assert matmul(large, W) is not None
-    matmul(large[:40], W)
-    matmul(large.bfloat16(), W.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        matmul(large, W)
-    assert counted == [40, 400, 400]
-
-
-def test_onednn_leads_on_amds_cpus_with_avx512_alone(monkeypatch):
-    works = onednn_works()
-
-    def leads(name: str, capability: str) -> bool:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        return onednn_leads.__wrapped__()
-
-    assert leads("AMD EPYC", "AVX512") == works
-    assert not leads("AMD EPYC", "AVX2")
-    assert not leads("Intel Xeon", "AVX512")
-
-
-# Dropout
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_share_and_scale_of_what_is_dropped(p):
-    torch.manual_seed(0)
-    y = ByteDropout(p)(torch.ones(400, 1001))
-    share = round(256 * p) / 256
-    assert (y == 0).float().mean().item() == pytest.approx(share, abs=0.003)
-    assert y.max().item() == pytest.approx(1 / (1 - share))
-    assert y.mean().item() == pytest.approx(1, abs=0.01)
-
-
-def test_every_byte_of_a_word_is_random_by_itself():
-    torch.manual_seed(0)
-    dropped = (ByteDropout(0.5)(torch.ones(50_000, 8)) == 0).float()
-    assert (dropped.mean(0) - 0.5).abs().max() < 0.01
-    assert (torch.corrcoef(dropped.T) - torch.eye(8)).abs().max() < 0.02
-
-
-def test_the_gradient_of_dropout_passes_the_same_mask():
-    x = torch.ones(5, 77, requires_grad=True)
-    y = ByteDropout(0.3)(x)
-    y.sum().backward()
-    assert torch.equal(x.grad, y)
-
-
-def test_a_seed_fixes_the_mask_and_evaluation_has_none():
-    x, dropout = torch.ones(9, 9), ByteDropout(0.5)
-    torch.manual_seed(1)
-    first = dropout(x)
-    torch.manual_seed(1)
-    assert torch.equal(dropout(x), first)
-    assert not torch.equal(dropout(x), first)
-    assert dropout.eval()(x) is x
-    assert ByteDropout(0.0)(x) is x
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_mask_and_the_scale_are_those_that_were_used(dtype):
-    x = torch.randn(7, 33, dtype=dtype)
-    y, mask, scale = drop(x, 0.25)
-    assert torch.equal(y, x * mask)
-    assert y.dtype == dtype
-    assert set(mask.unique().tolist()) == {0, 1}
-    assert scale == 256 / 192
-
-
-def test_masks_follow_pytorchs_generator_and_nothing_else():
-    x = torch.ones(300, 40)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    masks = [drop(x, 0.5)[1] for _ in range(3)]
-    torch.set_rng_state(state)
-    assert all(torch.equal(drop(x, 0.5)[1], mask) for mask in masks)
-    agreement = (masks[0] == masks[1]).float().mean().item()
-    assert agreement == pytest.approx(0.5, abs=0.02)
-
-
-def test_native_dropout_is_checked_in_both_directions(monkeypatch, capsys):
-    check = kernels.native_dropout_works.__wrapped__
-    assert check(torch.device("cpu"))
-    ops = mock.Mock(native_dropout_backward=lambda grad, mask, scale: grad * mask)  # no scale
-    monkeypatch.setattr(kernels.torch.ops, "aten", ops)
-    assert not check(torch.device("cpu"))
-    assert "running without its own LoRA backward" in capsys.readouterr().out
-
-
-# LoRA
-
-
-@pytest.mark.parametrize("parts", [(True,), (True, False, True)])
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_the_backward_of_lora_is_the_formulas_with_the_mask_of_the_forward(library, parts, p):
-    torch.manual_seed(0)
-    lora = LoRALinear(nn.Linear(6, 12), LoRAConfig(rank=2, alpha=6, dropout=p), parts)
-    nn.init.normal_(lora.lora_B)
-    lora.weight.requires_grad_(False)
-    x, weighting = torch.randn(5, 4, 6, requires_grad=True), torch.randn(5, 4, 12)
-    lora.dropout.__class__ = ByteDropout
-    inputs, results = [x, lora.lora_A, lora.lora_B], []
-    for kind in (LoRALinear, FastLoRALinear):
-        lora.__class__ = kind
-        torch.manual_seed(1)
-        y = lora(x)
-        results.append((y, *torch.autograd.grad((y * weighting).sum(), inputs)))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results, strict=True))
-    assert lora.weight.grad is None
-
-
-def test_nothing_is_kept_or_computed_for_an_input_without_gradient(gpt, monkeypatch):
-    add_lora(gpt, LoRAConfig(targets=("out_dense",), layers=(2,)))
-    accelerate(gpt)
-    gradients, backward = [], kernels.LoRAMatmul.backward
-
-    def spy(ctx, grad):
-        gradients.append(backward(ctx, grad))
-        return gradients[-1]
-
-    monkeypatch.setattr(kernels.LoRAMatmul, "backward", spy)
-    gpt(torch.randint(0, 101, (2, 5)))["last_hidden_state"].sum().backward()
-    assert [grads[0] for grads in gradients] == [None]
 
 
 # Attention

@@ -1,0 +1,148 @@
+"""LoRA in few and large operations: what `accelerate` puts in the place of `LoRALinear`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.byte_dropout import drop, drop_gradient
+from modules.lora import LoRALinear
+from modules.onednn import add_matmul, matmul, prepacked_linear
+
+
+class FastLoRALinear(LoRALinear):
+    """W x + b + (alpha/r) B A dropout(x) in one autograd function."""
+
+    prepacked: Tensor | None = None
+    cast: tuple[Tensor, Tensor] | None = None  # A and B in autocast's type, in a model's forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.prepacked is not None:
+            return prepacked_linear(x, self.prepacked, self.bias)
+        if self.merged:
+            return super().forward(x)
+        dtype = autocast_dtype(x.device) or x.dtype
+        tensors = (x, self.weight, self.bias, *(self.cast or (self.lora_A, self.lora_B)))
+        x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
+        p = self.dropout.p if self.training else 0.0
+        y = LoRAMatmul.apply(x.flatten(0, -2), W, b, A, B, self.scale, p, self.parts)
+        return y.view(*x.shape[:-1], -1)
+
+
+class LoRAMatmul(torch.autograd.Function):
+    """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A [nR,in] and B [nO,R].
+
+    n of a fused layer's parts, each O wide, are adapted. Keeps of x what dropout left, a mask of
+    bytes and A dropout(x). The matmuls scale and add: neither is a pass of its own over the memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        parts: tuple[bool, ...],
+    ) -> Tensor:
+        dropped, mask, left = drop(x, p) if p else (x, None, 1.0)
+        z = matmul(dropped, A)  # [N,nR]
+        ctx.scale, ctx.p, ctx.parts = scale * left, p, parts
+        ctx.save_for_backward(dropped, mask, z, W, A, B)
+        y = matmul(x, W, b)
+        z, B = _split(z, sum(parts)), B.unflatten(0, (sum(parts), -1))  # [n,N,R], [n,O,R]
+        _adapted(y, parts).baddbmm_(z, B.mT, alpha=ctx.scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        dropped, mask, z, W, A, B = ctx.saved_tensors
+        n, rows = sum(ctx.parts), _adapted(grad, ctx.parts)  # [n,N,O]
+        grad_z = scaled_bmm(B.unflatten(0, (n, -1)).mT, rows.mT, ctx.scale).flatten(0, 1)  # [nR,N]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = matmul(grad_z.T, A.T)
+            if ctx.p:
+                grad_x = drop_gradient(grad_x, mask, ctx.p)
+            add_matmul(grad_x, grad, W.T)
+        grad_A = matmul(grad_z, dropped.T)
+        grad_B = scaled_bmm(rows.mT, _split(z, n), ctx.scale).flatten(0, 1)
+        return grad_x, None, None, grad_A, grad_B, None, None, None
+
+
+def scaled_bmm(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale x y, [n,I,J] of x [n,I,K] and y [n,K,J]."""
+    if x.device.type != "cpu":
+        return x.new_empty(*x.shape[:2], y.shape[2]).baddbmm_(x, y, beta=0, alpha=scale)
+    if x.shape[1] > y.shape[2]:  # MKL takes four times as long for few columns as for few rows
+        return scaled_bmm(y.mT, x.mT, scale).mT
+    return torch.stack([matmul(a, b.T) for a, b in zip(x, y, strict=True)]).mul_(scale)
+
+
+def _split(x: Tensor, n: int) -> Tensor:
+    """[N,nK] to [n,N,K], a view."""
+    return x.unflatten(1, (n, -1)).transpose(0, 1)
+
+
+def _adapted(y: Tensor, parts: tuple[bool, ...]) -> Tensor:
+    """The adapted parts of [N,out] as [n,N,O], a view: any of three are evenly spaced."""
+    first, *more = (i for i, adapted in enumerate(parts) if adapted)
+    step = more[0] - first if more else 1
+    return _split(y, len(parts))[first : first + step * sum(parts) : step]
+
+
+# One cast for all
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type in which autocast computes matmuls, None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+class CastAll(torch.autograd.Function):
+    """Copies of tensors in another type by one kernel, and their gradients back by one.
+
+    A cast for each matrix of gpt2 would be 96 kernels and as many in the backward, on a GPU more
+    time than its matmuls take.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _cast(tensors, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        return None, *_cast(grads, ctx.dtype)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+def cast_adapters_at_once(model: nn.Module) -> None:
+    """Have each forward of the model under autocast cast all A and B before the first layer."""
+
+    def before(model: nn.Module, args: Any) -> None:
+        layers = [module for module in model.modules() if isinstance(module, FastLoRALinear)]
+        dtype = autocast_dtype(layers[0].weight.device)
+        if dtype is not None:
+            matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+            copies = iter(CastAll.apply(dtype, *matrices))
+            for layer, A, B in zip(layers, copies, copies, strict=True):
+                layer.cast = A, B
+
+    def after(model: nn.Module, args: Any, output: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, FastLoRALinear):
+                module.cast = None
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
