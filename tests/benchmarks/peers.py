@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,17 +73,17 @@ def find_model(args: argparse.Namespace) -> Path:
     return folder
 
 
-def hf_model(folder: Path) -> nn.Module:
-    """Hugging Face's GPT-2 in float32 with its best attention setting."""
+def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Hugging Face's GPT-2 with its best attention setting."""
     import transformers
 
     return transformers.GPT2LMHeadModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
+        folder, dtype=dtype, attn_implementation="sdpa"
     )
 
 
-def with_peft(folder: Path, rank: int) -> nn.Module:
-    """The same with PEFT's LoRA on all linear layers."""
+def with_peft(folder: Path, rank: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same with PEFT's LoRA, which is float32, on all linear layers."""
     import peft
 
     config = peft.LoraConfig(
@@ -92,7 +93,7 @@ def with_peft(folder: Path, rank: int) -> nn.Module:
         target_modules=["c_attn", "c_proj", "c_fc"],
         fan_in_fan_out=True,
     )
-    return peft.get_peft_model(hf_model(folder), config)
+    return peft.get_peft_model(hf_model(folder, dtype), config)
 
 
 class Worker:
@@ -101,18 +102,24 @@ class Worker:
     def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], *args: Any):
         spawn = multiprocessing.get_context("spawn")
         self.connection, other = spawn.Pipe()
-        process = spawn.Process(target=_serve, args=(other, make, args), daemon=True)
-        process.start()
+        self.process = spawn.Process(target=_serve, args=(other, make, args), daemon=True)
+        self.process.start()
         other.close()  # so that a process that dies is an EOFError here
 
     def ask(self, name: str) -> Any:
         self.connection.send(name)
         return self.connection.recv()
 
+    def close(self) -> None:
+        """End the process, and free its memory."""
+        self.connection.close()
+        self.process.join()
+
 
 def _serve(connection, make, args) -> None:
-    functions = make(*args)
-    with contextlib.suppress(EOFError):  # the other side has ended
+    ended = contextlib.suppress(EOFError)  # of the other side
+    with contextlib.redirect_stdout(sys.stderr), ended:  # the program prints its results alone
+        functions = make(*args)
         while True:
             connection.send(functions[connection.recv()]())
 

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.train_step --random gpt2 --pairs FILE
     python -m tests.benchmarks.train_step --task sonnet --random gpt2
 
-Each is a process of its own; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention.
+Each is a process of its own; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention and, in
+bf16 or fp16, a base of that type, as its users load it.
 
 paraphrase: rank 8, the logits of the last position only. `step` is training on the same batches,
 ten random ones; `epoch` goes from the file to the last step, with reading and tokenizing.
@@ -18,7 +19,7 @@ import csv
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
+from modules.reft import ReFTConfig, add_reft
 from tests.benchmarks.peers import (
     Worker,
     add_model_arguments,
@@ -60,16 +62,22 @@ from tests.benchmarks.peers import (
 from tests.benchmarks.plain import PlainParaphrase
 
 Batch = dict[str, Tensor]
-STEPS = 10
 OURS, PEFT, PLAIN = "this project", "transformers + PEFT", "plain PyTorch"
+LOREFT = "this project, LoReFT"
 
 
 class PeftParaphrase(nn.Module):
     """Hugging Face's GPT-2 with PEFT's LoRA and the same cloze head."""
 
-    def __init__(self, folder: Path, answers: tuple[int, int], rank: int):
+    def __init__(
+        self,
+        folder: Path,
+        answers: tuple[int, int],
+        rank: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
-        self.model, self.answers = with_peft(folder, rank), list(answers)
+        self.model, self.answers = with_peft(folder, rank, dtype), list(answers)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None = None
@@ -83,9 +91,9 @@ class PeftParaphrase(nn.Module):
 class PeftSonnet(nn.Module):
     """Hugging Face's GPT-2 with PEFT's LoRA and the usual language-model loss."""
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int, dtype: torch.dtype):
         super().__init__()
-        self.model = with_peft(folder, rank)
+        self.model = with_peft(folder, rank, dtype)
 
     def forward(self, input_ids, attention_mask, token_index, prompt_lengths, targets) -> Tensor:
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
@@ -93,23 +101,29 @@ class PeftSonnet(nn.Module):
         return F.cross_entropy(states.float(), targets)
 
 
-def make_model(args: argparse.Namespace, folder: Path, name: str) -> nn.Module:
-    """The model of the peer called `name`."""
-    if name == PEFT and args.task == "sonnet":
-        return PeftSonnet(folder, args.rank)
-    answers = answer_ids(load_tokenizer(folder))
-    if name == PEFT:
-        return PeftParaphrase(folder, answers, args.rank)
+def our_model(folder: Path, task: str, adapter: LoRAConfig | ReFTConfig) -> nn.Module:
+    """This project's model with an adapter."""
     gpt = GPT2Model.from_pretrained(folder)
-    add_lora(gpt, LoRAConfig(rank=args.rank))
-    if name == PLAIN:
-        return PlainParaphrase(gpt, answers)
-    return SonnetGPT(gpt) if args.task == "sonnet" else ParaphraseGPT(gpt, answers)
+    (add_lora if isinstance(adapter, LoRAConfig) else add_reft)(gpt, adapter)
+    if task == "sonnet":
+        return SonnetGPT(gpt)
+    return ParaphraseGPT(gpt, answer_ids(load_tokenizer(folder)))
+
+
+def make_model(args: argparse.Namespace, folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """The model of the peer called `name`, PEFT's with a base of type `dtype`."""
+    if name == PEFT and args.task == "sonnet":
+        return PeftSonnet(folder, args.rank, dtype)
+    if name == PEFT:
+        return PeftParaphrase(folder, answer_ids(load_tokenizer(folder)), args.rank, dtype)
+    adapter = ReFTConfig("loreft") if name == LOREFT else LoRAConfig(rank=args.rank)
+    model = our_model(folder, args.task, adapter)
+    return PlainParaphrase(model.gpt, model.answer_ids.tolist()) if name == PLAIN else model
 
 
 def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
-    """Batches that all peers get, ten at most."""
-    n = min(args.n, STEPS * args.batch_size)
+    """Batches that all peers get, `--steps` at most."""
+    n = min(args.n, args.steps * args.batch_size)
     tokenizer = load_tokenizer(folder)
     if args.task == "sonnet":
         poems = tokenize_sonnets(read_sonnets(DATA / "sonnets.txt"), tokenizer, 512)
@@ -160,8 +174,8 @@ def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
 def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
     """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
     runtime = start(args.use_gpu, args.precision)
-    model = make_model(args, folder, name)
-    if name == OURS:
+    model = make_model(args, folder, name, runtime.autocast_dtype or torch.float32)
+    if name in (OURS, LOREFT):
         model.gpt.gradient_checkpointing = args.gradient_checkpointing
         runtime.prepare(model, args.compile)
     model.to(runtime.device).train()
@@ -206,12 +220,13 @@ def profile(batches: list[Batch], trainer: Trainer, runtime: Runtime) -> str:
     return profiler.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40)
 
 
-def get_args() -> argparse.Namespace:
+def get_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--task", choices=["paraphrase", "sonnet"], default="paraphrase")
     parser.add_argument("--pairs", default=DATA / "sample-pairs-train.csv")
     parser.add_argument("--n", type=int, help="pairs of an epoch, poems of a turn (600, 40)")
+    parser.add_argument("--steps", type=int, default=10, help="batches of a turn")
     parser.add_argument("--batch_size", type=int, help="(12 pairs, 4 poems)")
     parser.add_argument("--rank", type=int, help="of LoRA (8, 4 for sonnets)")
     parser.add_argument("--length", type=int, help="random prompts of so many tokens, steps only")
@@ -220,13 +235,34 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="for ours")
     parser.add_argument("--alone", action="store_true", help="this project without the others")
     parser.add_argument("--profile", action="store_true", help="end with a profile of ours")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     sonnet = args.task == "sonnet"
     args.batch_size = args.batch_size or (4 if sonnet else 12)
     args.rank = args.rank or (4 if sonnet else 8)
     args.n = args.n or (40 if sonnet else 600)
     args.n -= args.n % args.batch_size
     return args
+
+
+def measure(
+    workers: dict[str, Worker], folder: Path, what: str, turns: int, limit: float
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Examples/s of all peers in turns, and what follows from them.
+
+    `limit` is the machine's, in FLOP/s.
+    """
+    peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}
+    rates = take_turns(peers, turns) if what == "step" else {n: f() for n, f in peers.items()}
+    tokens = workers[OURS].ask(f"{what} tokens")
+    tokens_per_second = {name: rate * tokens for name, rate in rates.items()}
+    parameters = sum(p.numel() for p in GPT2Model.from_pretrained(folder).gpt_layers.parameters())
+    return rates, {
+        "tokens/s": tokens_per_second,
+        "% of the limit": {
+            name: 400 * parameters * rate / limit for name, rate in tokens_per_second.items()
+        },
+        "MiB at most": {name: worker.ask("memory") for name, worker in workers.items()},
+    }
 
 
 def main() -> None:
@@ -236,25 +272,12 @@ def main() -> None:
     workers = {name: Worker(make_peer, args, folder, name) for name in names}
     for worker in workers.values():
         worker.ask("step tokens")  # it answers when it is ready
-    parameters = sum(p.numel() for p in GPT2Model.from_pretrained(folder).gpt_layers.parameters())
     limit = matrix_rate(args.use_gpu, args.precision)
     results = {"gflops_limit": limit / 1e9}
     print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")
     for what in ["step"] + ["epoch"] * (args.task == "paraphrase" and not args.length):
-        peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}  # noqa: B023
-        rates = (
-            take_turns(peers, args.turns) if what == "step" else {n: f() for n, f in peers.items()}
-        )
-        tokens = workers[OURS].ask(f"{what} tokens")
-        tokens_per_second = {name: rate * tokens for name, rate in rates.items()}
-        columns = {
-            "tokens/s": tokens_per_second,
-            "% of the limit": {
-                name: 400 * parameters * rate / limit for name, rate in tokens_per_second.items()
-            },
-            "MiB at most": {name: worker.ask("memory") for name, worker in workers.items()},
-        }
-        print(f"{what}, {tokens:.1f} tokens an example")
+        rates, columns = measure(workers, folder, what, args.turns, limit)
+        print(f"{what}, {workers[OURS].ask(f'{what} tokens'):.1f} tokens an example")
         reference = PEFT if PEFT in rates else OURS
         results[what] = table(rates, "examples/s", reference, **columns)
     if args.profile:

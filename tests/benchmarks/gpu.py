@@ -1,0 +1,279 @@
+"""This project on a GPU: is it right there, and how fast, in under eight minutes on one card.
+
+    python -m tests.benchmarks.gpu
+    python -m tests.benchmarks.gpu --tiny        # gpt2-nano on the CPU, to try this program
+
+parity: loss and adapter gradients of a training step of every script, without dropout, in float32,
+beside those of the plain modules on the CPU. It fails if they differ by more than TOLERANCE.
+deterministic: steps with dropout under `--deterministic`, twice. It fails if they differ at all.
+training: paraphrase steps at gpt2's size with small and large batches, and at gpt2-large's.
+decoding: sonnets in one batch.
+
+The weights are random. In training the others are transformers + PEFT with a base in bf16, in
+decoding `transformers.generate` with plain weights, as if LoRA were merged; all take turns. The
+tables are Markdown, and the last line is JSON. A part that fails leaves the others.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+from finetune.loop import FitConfig
+from finetune.runtime import Runtime
+from finetune.runtime import start as start_runtime
+from models.paraphrase_gpt import paraphrase_loss
+from models.sonnet_gpt import sonnet_loss
+from modules.adapters import trainable
+from modules.lora import LoRAConfig
+from modules.reft import TYPES, ReFTConfig
+from tests.benchmarks import generation, train_step
+from tests.benchmarks.peers import (
+    Worker,
+    find_model,
+    make_trainer,
+    matrix_rate,
+    start,
+    take_turns,
+)
+from tests.benchmarks.train_step import LOREFT, OURS, PEFT
+
+Row = dict[str, str | float]
+TOLERANCE = 1e-3
+DIFFERENCES = ("difference", "of gradients, relative")
+ADAPTERS = {"LoRA": LoRAConfig(rank=8)} | {name: ReFTConfig(name) for name in TYPES}
+CASES = [(name, task) for task in ("paraphrase", "sonnet") for name in ADAPTERS]
+LOSSES = {"paraphrase": paraphrase_loss, "sonnet": sonnet_loss}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured where."""
+
+    use_gpu: bool
+    model: tuple[str, ...]  # flags of `add_model_arguments`
+    large: tuple[str, ...]
+    steps: dict[int, int]  # batch size -> steps of a turn
+    n_new: int  # tokens of a poem
+    turns: int
+
+
+FULL = Plan(True, ("--random", "gpt2"), ("--random", "gpt2-large"), {12: 50, 256: 9}, 128, 3)
+TINY = Plan(False, (), (), {4: 1, 8: 1}, 2, 1)
+
+
+@cache
+def folder_of(model: tuple[str, ...]) -> Path:
+    """The checkpoint, which is made only once."""
+    return find_model(train_step.get_args(model))
+
+
+# Is it right?
+
+
+def make_checks(
+    plan: Plan, folder: Path, check: Callable[..., Row], precision: str, deterministic: bool
+) -> dict[tuple[str, str], Callable[[], Row]]:
+    """In a process of its own: `check` for each of CASES."""
+    runtime = start_runtime(plan.use_gpu, precision, deterministic, seed=0)
+    return {(name, task): partial(check, folder, name, task, runtime) for name, task in CASES}
+
+
+def check_rows(plan: Plan, folder: Path, *settings: Any) -> list[Row]:
+    """A row for each of CASES; the settings are those of `make_checks`."""
+    with contextlib.closing(Worker(make_checks, plan, folder, *settings)) as worker:
+        return [worker.ask(case) for case in CASES]
+
+
+def parity(folder: Path, name: str, task: str, runtime: Runtime) -> Row:
+    """How far a step on the runtime's device is from that of the plain modules on the CPU."""
+    batch = batch_of(folder, task)
+    on_cpu = Runtime(torch.device("cpu"))
+    plain = adapted_model(folder, name, task)
+    loss, gradients = backward(plain, task, batch, on_cpu)
+    model = adapted_model(folder, name, task)
+    runtime.prepare(model)
+    own_loss, own_gradients = backward(model, task, batch, runtime)
+    differences = [
+        float((own - gradient).norm() / gradient.norm())
+        for own, gradient in zip(own_gradients, gradients, strict=True)
+    ]
+    return {
+        "adapter": name,
+        "task": task,
+        "loss": loss,
+        "difference": abs(own_loss - loss),
+        "of gradients, relative": max(differences),
+    }
+
+
+def same_bits(folder: Path, name: str, task: str, runtime: Runtime) -> Row:
+    """Do three steps with dropout give the same adapter when they are done again?"""
+    results = []
+    for _ in range(2):
+        model = adapted_model(folder, name, task).train()
+        runtime.prepare(model)
+        trainer = make_trainer(model, LOSSES[task], FitConfig(lr=1e-3), runtime)
+        for _ in range(3):
+            trainer.backward(batch_of(folder, task))
+            trainer.step()
+        results.append([parameter.detach().cpu() for parameter in trainer.trainable])
+    is_same = all(map(torch.equal, *results))
+    return {"adapter": name, "task": task, "same bits": "yes" if is_same else "no"}
+
+
+def batch_of(folder: Path, task: str) -> dict[str, Tensor]:
+    """Four examples of the bundled data."""
+    words = ["--task", task, "--batch_size", "4", "--steps", "1"]
+    return train_step.same_batches(train_step.get_args(words), folder)[0]
+
+
+def adapted_model(folder: Path, name: str, task: str) -> nn.Module:
+    """A model whose adapter is no longer the identity, so that everything has a gradient."""
+    torch.manual_seed(0)
+    model = train_step.our_model(folder, task, ADAPTERS[name])
+    for parameter in trainable(model):
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def backward(
+    model: nn.Module, task: str, batch: dict[str, Tensor], runtime: Runtime
+) -> tuple[float, list[Tensor]]:
+    """The loss of a batch and the gradients of the adapter."""
+    trainer = make_trainer(model, LOSSES[task], FitConfig(), runtime)
+    loss = trainer.backward(batch)
+    return float(loss), [parameter.grad.cpu() for parameter in trainer.trainable]
+
+
+def wrong(rows: Iterable[Row]) -> list[Row]:
+    """Rows with other bits the second time, or that differ by more than rounding or by NaN."""
+    return [
+        row
+        for row in rows
+        if row.get("same bits") == "no"
+        or not all(row.get(column, 0) <= TOLERANCE for column in DIFFERENCES)
+    ]
+
+
+# Speed
+
+
+def training_rows(
+    plan: Plan, model: tuple[str, ...], batch_size: int, names: list[str], limit: float
+) -> list[Row]:
+    """A row for each peer; `limit` is the device's, in FLOP/s."""
+    n_steps = plan.steps[batch_size]
+    words = ["--batch_size", str(batch_size), "--steps", str(n_steps)]
+    words += ["--n", str(batch_size * n_steps), *["--use_gpu"] * plan.use_gpu]
+    args, folder = train_step.get_args(words), folder_of(model)
+    with contextlib.ExitStack() as stack:
+        workers = {name: Worker(train_step.make_peer, args, folder, name) for name in names}
+        for worker in workers.values():
+            stack.enter_context(contextlib.closing(worker))
+        rates, columns = train_step.measure(workers, folder, "step", plan.turns, limit)
+    return [
+        {"peer": name, "pairs/s": rates[name], f"x {PEFT}": rates[name] / rates[PEFT]}
+        | {column: values[name] for column, values in columns.items()}
+        for name in names
+    ]
+
+
+def decoding_rows(plan: Plan, folder: Path) -> list[Row]:
+    """A row for this project and one for `transformers.generate`."""
+    settings = (folder, plan.n_new, plan.use_gpu, "auto")
+    with contextlib.closing(Worker(generation.make_peers, *settings)) as worker:
+        names = (generation.OURS, generation.THEIRS)
+        rates = take_turns({name: partial(worker.ask, name) for name in names}, plan.turns)
+    theirs = rates[generation.THEIRS]
+    return [
+        {"peer": name, "tokens/s": rate, "x generate": rate / theirs}
+        for name, rate in rates.items()
+    ]
+
+
+# All of it
+
+
+def about(plan: Plan) -> dict[str, Any]:
+    """When, where and with what."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    runtime = start(plan.use_gpu, "auto")
+    return {
+        "date": date.today().isoformat(),
+        "device": runtime.device_name,
+        "precision": str(runtime.autocast_dtype or torch.float32),
+        "commit": commit or None,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    } | versions
+
+
+def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
+    """The parts by their titles."""
+    folder, limit = folder_of(plan.model), matrix_rate(plan.use_gpu, "auto")
+    train = partial(training_rows, plan, limit=limit)
+    small, *_ = plan.steps
+    check = partial(check_rows, plan, folder)
+    found = {
+        "Parity with the CPU, float32": partial(check, parity, "fp32", False),
+        "Deterministic": partial(check, same_bits, "auto", True),
+    }
+    for size in plan.steps:
+        names = [OURS, LOREFT, PEFT]
+        found[f"Training, batch {size}"] = partial(train, plan.model, size, names)
+    found["Decoding"] = partial(decoding_rows, plan, folder)
+    found[f"Training gpt2-large, batch {small}"] = partial(train, plan.large, small, [OURS, PEFT])
+    return found
+
+
+def markdown(rows: list[Row]) -> str:
+    """A table."""
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="gpt2-nano on the CPU, for a test")
+    plan = TINY if parser.parse_args().tiny else FULL
+    results, failed = {"about": about(plan)}, []
+    for title, measure in parts(plan).items():
+        print(f"\n{title}\n", flush=True)
+        try:
+            rows = measure()
+        except EOFError:  # of a process that has ended with a traceback
+            failed.append(title)
+            continue
+        print(markdown(rows), flush=True)
+        results[title] = rows
+        failed += [title] if wrong(rows) else []
+    print(f"\n{json.dumps(results)}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
