@@ -1,6 +1,7 @@
 """Reports of a run to look at: an HTML file that opens anywhere without a network, and a PNG."""
 
 import io
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -46,7 +47,7 @@ def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str
     A row has id, first, second, label, predicted ("no" or "yes") and the answer's probability.
     """
     columns = ("first", "second", "label", "predicted", "probability", "id")
-    pairs = [[row[column] for column in columns] for row in rows]
+    pairs = json.dumps([[row[column] for column in columns] for row in rows], ensure_ascii=False)
     return _page(record, pairs=pairs, counts=confusion_counts(rows).tolist(), answers=ANSWERS)
 
 
@@ -154,10 +155,8 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
         run=record,
         title=TITLES[record["task"]],
         settings=settings_in_words(record),
-        best=best,
         when=when if was_trained else "imported",
         chart=_svg(_draw(record)) if was_trained else None,
-        labels={name: label for name, (label, _) in CURVES.items()},
         **parts,
     )
 
