@@ -71,8 +71,15 @@ class Plan:
     turns: int
 
 
-FULL = Plan(True, ("--random", "gpt2"), ("--random", "gpt2-large"), {12: 50, 256: 9}, 128, 3)
-TINY = Plan(False, (), (), {4: 1, 8: 1}, 2, 1)
+FULL = Plan(
+    use_gpu=True,
+    model=("--random", "gpt2"),
+    large=("--random", "gpt2-large"),
+    steps={12: 50, 256: 9},
+    n_new=128,
+    turns=3,
+)
+TINY = Plan(use_gpu=False, model=(), large=(), steps={4: 1, 8: 1}, n_new=2, turns=1)
 
 
 @cache
@@ -92,9 +99,12 @@ def make_checks(
     return {(name, task): partial(check, folder, name, task, runtime) for name, task in CASES}
 
 
-def check_rows(plan: Plan, folder: Path, *settings: Any) -> list[Row]:
-    """A row for each of CASES; the settings are those of `make_checks`."""
-    with contextlib.closing(Worker(make_checks, plan, folder, *settings)) as worker:
+def check_rows(
+    plan: Plan, folder: Path, check: Callable[..., Row], precision: str, deterministic: bool
+) -> list[Row]:
+    """A row for each of CASES."""
+    worker = Worker(make_checks, plan, folder, check, precision, deterministic)
+    with contextlib.closing(worker):
         return [worker.ask(case) for case in CASES]
 
 
@@ -195,8 +205,8 @@ def training_rows(
 
 def decoding_rows(plan: Plan, folder: Path) -> list[Row]:
     """A row for this project and one for `transformers.generate`."""
-    settings = (folder, plan.n_new, plan.use_gpu, "auto")
-    with contextlib.closing(Worker(generation.make_peers, *settings)) as worker:
+    worker = Worker(generation.make_peers, folder, plan.n_new, plan.use_gpu, "auto")
+    with contextlib.closing(worker):
         names = (generation.OURS, generation.THEIRS)
         rates = take_turns({name: partial(worker.ask, name) for name in names}, plan.turns)
     theirs = rates[generation.THEIRS]
@@ -232,8 +242,10 @@ def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     small, *_ = plan.steps
     check = partial(check_rows, plan, folder)
     found = {
-        "Parity with the CPU, float32": partial(check, parity, "fp32", False),
-        "Deterministic": partial(check, same_bits, "auto", True),
+        "Parity with the CPU, float32": partial(
+            check, check=parity, precision="fp32", deterministic=False
+        ),
+        "Deterministic": partial(check, check=same_bits, precision="auto", deterministic=True),
     }
     for size in plan.steps:
         names = [OURS, LOREFT, PEFT]
@@ -264,7 +276,7 @@ def main() -> None:
         print(f"\n{title}\n", flush=True)
         try:
             rows = measure()
-        except EOFError:  # of a process that has ended with a traceback
+        except (EOFError, ConnectionError):  # of a process that has ended with a traceback
             failed.append(title)
             continue
         print(markdown(rows), flush=True)

@@ -13,6 +13,7 @@ from finetune.runtime import Runtime
 from models.pretrained import BUNDLED
 from modules.adapters import trainable
 from tests.benchmarks import gpu
+from tests.benchmarks.peers import Worker
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -85,11 +86,9 @@ def test_a_step_that_gives_other_bits_the_second_time_is_found(monkeypatch):
 
 
 def test_a_part_whose_process_ends_leaves_the_others(run, monkeypatch, capsys):
-    def ended():
-        raise EOFError
-
     rows = [{"peer": "this project", "tokens/s": 12345.6}]
-    monkeypatch.setattr(gpu, "parts", lambda plan: {"first": ended, "second": lambda: rows})
+    parts = {"first": lambda: Worker(int, "no number").ask("rows"), "second": lambda: rows}
+    monkeypatch.setattr(gpu, "parts", lambda plan: parts)
     with pytest.raises(SystemExit, match="failed: first"):
         run()
     printed = capsys.readouterr().out

@@ -165,17 +165,3 @@ def test_other_runtime_errors_are_not_hidden(message):
 
     with pytest.raises(RuntimeError, match=message):
         run(main)
-
-
-def test_an_operator_without_a_deterministic_form_ends_in_a_sentence(capsys):
-    def main():
-        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
-
-    torch.use_deterministic_algorithms(True)
-    try:
-        with pytest.raises(SystemExit):
-            run(main)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    sentence = "put_ does not have a deterministic implementation on this device: leave out"
-    assert capsys.readouterr().err.startswith(f"error: {sentence} --deterministic")
