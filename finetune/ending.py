@@ -16,8 +16,10 @@ from finetune.runtime import LESS_MEMORY, torchrun_place
 from modules.settings import UserError
 
 OUT_OF_MEMORY = re.compile(
-    "out of memory|can't allocate memory|not enough memory|Failed to CUDA calloc"  # the last, NCCL
-    "|CU(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"  # no memory left for their own buffers
+    "out of memory|can't allocate memory|not enough memory"
+    "|Failed to CUDA calloc"  # NCCL
+    "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    "|CUBLAS_STATUS_NOT_INITIALIZED when calling .cublas(Lt)?Create"  # no room for its workspace
 )
 PEER_GONE = re.compile(
     "Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed|ncclRemoteError"

@@ -157,6 +157,7 @@ def test_out_of_memory_says_what_to_lower(error, capsys):
         "mat1 and mat2 shapes cannot be multiplied",
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`",
     ],
 )
 def test_other_runtime_errors_are_not_hidden(message):
