@@ -61,9 +61,10 @@ def unused_ids(tokenizer: "Tokenizer", vocab_size: int) -> list[int]:
 def _read(folder: Path) -> "Tokenizer":
     from tokenizers import decoders
     from tokenizers.models import BPE
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GPT2Config
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    config = None if (folder / "config.json").exists() else GPT2Config()  # names the class
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
         raise ValueError("it is no byte-level BPE")
     backend = tokenizer.backend_tokenizer
