@@ -224,7 +224,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     switch("--overwrite", "train this run anew, finished or not")
     switch("--predict_only", "no training: predict with the adapter that the same command trained")
     switch("--tensorboard", "write TensorBoard logs to the run's folder")
-    switch("--deterministic", "on a GPU, the same bits in every run: slower")
+    switch("--deterministic", "on one CUDA GPU, the same bits in every run: slower, untested")
     switch("--debug", "show where in the code an error came from, too")
     add_settings(parser, "amounts", Amounts)
 

@@ -72,8 +72,8 @@ def top_p_sample(
     again from those only.
     """
     p = (logits / temperature).softmax(1)
-    if p.device.type == "mps":
-        p = p.cpu()  # there is no float64 on MPS
+    if p.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
+        p = p.cpu()  # no float64 on MPS, no deterministic sum of floats on CUDA
     tokens, rows = [0] * len(p), list(range(len(p)))
     while rows:
         u = [[generators[row].random()] for row in rows]
