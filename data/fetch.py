@@ -41,24 +41,23 @@ def fetch_pairs(url: str, target: Path, labelled: bool, least: int) -> None:
 
     Raises UserError if it cannot be fetched or is another file.
     """
-    part = target.with_name(f".{target.name}.part")
     exists = target.exists()
+    path = target if exists else target.with_name(f".{target.name}.part")
     if not exists:
-        download(url, part)
+        download(url, path)
     try:
-        count = len(read_pairs(target if exists else part, labelled).ids)
+        count = len(read_pairs(path, labelled).ids)
         if count < least:
             raise UserError(f"{count:,} usable pairs, not {least:,} or more")
     except UserError as error:
         where, advice = (target, "move it away") if exists else (url, "give another URL")
         if not exists:
-            part.unlink()
+            path.unlink()
         raise UserError(
             f"{where} is not the course's file ({error}): {advice} and run the command again, "
             "or see data/README.md"
         ) from None
-    if not exists:
-        os.replace(part, target)
+    os.replace(path, target)
     print(f"{target}: {count:,} pairs" + (", already there" if exists else ""), flush=True)
 
 

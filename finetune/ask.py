@@ -3,11 +3,6 @@
 python -m finetune.ask                                       # the newest run, asking for input
 python -m finetune.ask lora-gpt2-3 "How old are you?" "What is your age?"
 python -m finetune.ask RUN --temperature 0.8 < lines.txt     # three lines for each poem
-
-In Python, from the folder of this project:
-
-    run = ask.load("lora-gpt2-3")
-    run.probability("How old are you?", "What is your age?")
 """
 
 import argparse

@@ -119,14 +119,12 @@ def write_exports(
     merged_folder: Path | None,
 ) -> dict[str, Path]:
     """Write the formats whose folder is given; returns the folders."""
-    written = {}
     if peft_folder:
         export_peft(gpt, config, base, peft_folder)
-        written["PEFT adapter"] = peft_folder
     if merged_folder:
         export_merged(gpt, config, base, tokenizer, merged_folder)
-        written["merged model"] = merged_folder
-    return written
+    folders = {"PEFT adapter": peft_folder, "merged model": merged_folder}
+    return {name: folder for name, folder in folders.items() if folder}
 
 
 @torch.no_grad()
@@ -195,7 +193,9 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
             raise UserError(f"{path}: {key} is no LoRA of a linear layer of a GPT-2 block")
         module, layer, name, matrix = match.groups()
         pair = modules.setdefault((int(layer), name, module), {})
-        pair[matrix] = _finite_matrix(tensor, f"{path}: {key}")
+        pair[matrix] = tensor.float()
+        if tensor.ndim != 2 or not tensor.numel() or not pair[matrix].isfinite().all():
+            raise UserError(f"{path}: {key} must be a matrix of finite numbers, not empty")
     if not modules:
         raise UserError(f"{path} holds no adapter")
     parts = {}
@@ -220,14 +220,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if value and key not in ANY_VALUE and value not in PLAIN.get(key, ()):
             raise UserError(f"{path}: {key} is {value!r:.60}: only plain LoRA can be read")
     return config
-
-
-def _finite_matrix(tensor: Tensor, where: str) -> Tensor:
-    if tensor.is_floating_point() and tensor.ndim == 2 and tensor.numel():
-        tensor = tensor.float()
-        if tensor.isfinite().all():
-            return tensor
-    raise UserError(f"{where} must be a matrix of finite numbers, not empty")
 
 
 def _alpha(config: dict[str, Any], module: str, path: Path) -> float:

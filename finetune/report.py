@@ -13,7 +13,6 @@ from markupsafe import Markup
 
 from data.sonnets import GIVEN_LINES, Sonnet
 from datasets import ANSWERS
-from finetune.metrics import sonnet_form
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,18 +52,7 @@ def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str
 
 def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) -> str:
     """The page of a run with its dev poems, each beside Shakespeare's of the same number."""
-    shown = [
-        {
-            "number": generated.number,
-            "given": generated.lines[:GIVEN_LINES],
-            "endings": [
-                (author, poem.lines[GIVEN_LINES:], sonnet_form([poem], sources=[]))
-                for author, poem in ((record["model"], generated), ("Shakespeare", gold))
-            ],
-        }
-        for generated, gold in poems
-    ]
-    return _page(record, poems=shown)
+    return _page(record, poems=poems, n_given=GIVEN_LINES)
 
 
 def confusion_counts(rows: list[dict[str, Any]]) -> np.ndarray:
