@@ -58,9 +58,8 @@ def encode(texts: list[str], tokenizer: "Tokenizer") -> list[list[int]]:
 
 
 def answer_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
-    """The ids of "no" and "yes" as they follow other text: a tokenizer may put a blank before its
-    first word. Raises UserError where the vocabulary splits one of them.
-    """
+    """The ids of "no" and "yes"; raises UserError where the vocabulary splits one of them."""
+    # After a line end, as a tokenizer may put a blank before its first word.
     rows = encode([f"\n{answer}" for answer in ANSWERS], tokenizer)
     for answer, row in zip(ANSWERS, rows, strict=True):
         if tokenizer.convert_ids_to_tokens(row[-1]) != answer:
@@ -124,9 +123,9 @@ def load_pairs(
     files = ((train, True, limit_train), (dev, True, limit_dev), (test, False, limit_dev))
     for path, labelled, limit in files:
         pairs = read_pairs(path, labelled, limit)
-        splits.append(tokenize_pairs(pairs, tokenizer, max_length))
-        shortened = splits[-1].shortened
-        print(pairs.summary() + (f"; shortened {shortened}" if shortened else ""))
+        data = tokenize_pairs(pairs, tokenizer, max_length)
+        print(pairs.summary() + (f"; shortened {data.shortened}" if data.shortened else ""))
+        splits.append(data)
     return splits
 
 
@@ -190,22 +189,22 @@ class PairBatches(Batches):
 
 
 def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
-    """The rows of batches that hold all pairs once, the longest first, so that one too many for
-    the memory fails at once."""
+    """Batches of all pairs, the longest first: if memory does not suffice, it fails at once."""
     order = np.argsort(-data.lengths, kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `labels` [B] or
-    none.
-    """
+    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `labels` [B]."""
     lengths = data.lengths[rows]
     positions = np.arange(lengths.max())
     mask = positions < lengths[:, None]  # [B,T]
     ids = data.tokens.take(data.starts[rows, None] + positions, mode="clip") * mask
-    batch = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-    batch["token_index"] = token_index(mask)
+    batch = {
+        "input_ids": ids.astype(np.int64),
+        "attention_mask": mask.astype(np.int64),
+        "token_index": token_index(mask),
+    }
     if data.labels is not None:
         batch["labels"] = data.labels[rows]
     return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -298,8 +297,7 @@ def load_sonnets(
     cut = sum(poem.ids[-1] != tokenizer.eos_token_id for group in ids for poem in group)
     print(
         f"{len(train_poems)} poems to train on, {len(validation)} to validate, {len(dev_poems)} to "
-        f"continue and compare, {len(held_out_poems)} to continue"
-        + (f"; shortened {cut}" if cut else "")
+        f"continue and compare, {len(held_out_poems)} to continue; shortened {cut}"
     )
     return SonnetData(train_poems, dev_poems, gold_poems, held_out_poems, *ids)
 

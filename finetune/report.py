@@ -94,33 +94,32 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 def settings_in_words(record: dict[str, Any]) -> list[str]:
     """Sentences that say what was trained, how, on which files, and at what cost."""
-    words = {name: value for name, value in record["adapter"].items() if value is not None}
-    words |= {k: ", ".join(map(str, v)) for k, v in words.items() if isinstance(v, tuple | list)}
     method = {"lora": "LoRA", "reft": "ReFT"}[record["method"]]
-    adapter = f"{method} in {record['model']}: "
-    adapter += f"{'; '.join(f'{name} {value}' for name, value in words.items())}."
+    adapter = f"{method} in {record['model']}: {_listed(record['adapter'])}."
     if not _was_trained(record):
         return [adapter, "It was imported, not trained here."]
     flags = record["arguments"]
     data = Path(flags["para_train" if record["task"] == "paraphrase" else "sonnet_path"]).name
-    if flags["limit_train"]:
-        data = f"the first {flags['limit_train']:,} examples of {data}"
-    training = (
-        f"Trained on {data}: epochs {flags['epochs']}; batch size {flags['batch_size']}; "
-        f"learning rate {flags['lr']:g}, {flags['lr_schedule']}, {flags['warmup_ratio']:.0%} "
-        f"warm-up; weight decay {flags['weight_decay']:g}; seed {flags['seed']}."
-    )
+    names = ("limit_train", "epochs", "batch_size", "lr", "lr_schedule", "warmup_ratio")
+    names = (*names, "weight_decay", "seed")
+    training = f"Trained on {data}: {_listed({name: flags[name] for name in names})}."
     if "train_seconds" not in record:
         return [adapter, training, "The training is unfinished; this is its best epoch so far."]
-    n_epochs = len(record["history"])
-    if n_epochs < flags["epochs"]:
-        training += f" It stopped early, after epoch {n_epochs}."
+    if len(record["history"]) < flags["epochs"]:
+        training += f" It stopped early, after epoch {len(record['history'])}."
     cost = (
         f"{record['trainable_parameters']:,} trainable parameters of "
         f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on "
         f"{record['device']}, {record['peak_memory_mb']:,.0f} MB at most."
     )
     return [adapter, training, cost]
+
+
+def _listed(values: dict[str, Any]) -> str:
+    """Names and values, without those that are None."""
+    words = {name.replace("_", " "): v for name, v in values.items() if v is not None}
+    words |= {k: ", ".join(map(str, v)) for k, v in words.items() if isinstance(v, tuple | list)}
+    return "; ".join(f"{name} {value}" for name, value in words.items())
 
 
 def _was_trained(record: dict[str, Any]) -> bool:
@@ -143,6 +142,7 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
         run=record,
         title=TITLES[record["task"]],
         settings=settings_in_words(record),
+        flags=record["arguments"] | record["predicted_with"] | record["versions"],
         when=when if was_trained else "imported",
         chart=_svg(_draw(record)) if was_trained else None,
         **parts,

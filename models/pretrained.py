@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -262,9 +261,7 @@ def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
 def read_plain(path: Path) -> Any:
     """What `torch.save` wrote, if it is tensors and plain values: nothing else is ever built."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other kinds
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file makes any of them

@@ -188,8 +188,8 @@ def test_the_settings_are_said_in_words():
     adapter, training, cost = report.settings_in_words(make_record("paraphrase"))
     assert adapter == "LoRA in gpt2: rank 8; alpha 16.0; dropout 0.1; targets query, value."
     assert training == (
-        "Trained on quora-train.csv: epochs 3; batch size 12; learning rate 0.0001, constant, 0% "
-        "warm-up; weight decay 0.01; seed 11711."
+        "Trained on quora-train.csv: epochs 3; batch size 12; lr 0.0001; lr schedule constant; "
+        "warmup ratio 0.0; weight decay 0.01; seed 11711."
     )
     assert cost == "1,327,104 trainable parameters of 125,766,912, 64 s on cpu, 402 MB at most."
 
@@ -202,7 +202,7 @@ def test_the_settings_name_an_intervention_a_limit_and_an_early_stop():
         "ReFT in gpt2: type loreft; rank 4; alpha 16.0; dropout 0.0; activation linear; "
         "locations attention; layers 0, 3; positions f2+l2."
     )
-    assert "the first 1,200 examples of sonnets.txt: epochs 10; batch" in training
+    assert training.startswith("Trained on sonnets.txt: limit train 1200; epochs 10; batch")
     assert training.endswith(" It stopped early, after epoch 3.")
 
 
