@@ -9,7 +9,6 @@ import argparse
 import csv
 import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -25,7 +24,7 @@ SCORES = {  # task -> column -> its name in a record's final metrics; the first 
     "sonnet": {"val_loss": "val_loss", "dev_loss": "dev_loss", "chrf": "dev_chrf"},
 }
 FORMATS = {  # column -> how the table shows it; the names below the table tell the model
-    **{"method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
+    **{"n": "", "method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
     **{"accuracy": ".3f", "macro_f1": ".3f", "val_loss": ".3f", "dev_loss": ".3f", "chrf": ".1f"},
     **{"seconds": ",.0f", "memory_mb": ",.0f"},
 }
@@ -33,32 +32,7 @@ MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
 # Flags that columns show, or that decide no adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"}
 NOT_COMPARED |= identity.PREDICTION | identity.MACHINE | identity.NEITHER
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only in seed, with the flags that no column shows.
-
-    `values` are means by column, and the standard deviations of scores under `<column>_sd`.
-    """
-
-    names: list[str]
-    flags: dict[str, str]
-    values: dict[str, Any]
-
-    def cell(self, column: str) -> str:
-        """A value as the table shows it, with its deviation."""
-        text = format(self.values[column], FORMATS[column])
-        if f"{column}_sd" in self.values:
-            text += f"±{format(self.values[f'{column}_sd'], FORMATS[column])}"
-        return text
-
-    @property
-    def title(self) -> str:
-        """The names, as a shell expands them."""
-        if len(self.names) == 1:
-            return self.names[0]
-        return f"{self.names[0][:-6]}{{{','.join(name[-6:] for name in self.names)}}}"
+Group = dict[str, Any]  # runs that differ only in seed: means by column, `<column>_sd`, and more
 
 
 def main() -> None:
@@ -79,7 +53,7 @@ def main() -> None:
         if not run.is_finished(folder):
             print(f"unfinished (its command with --resume resumes it): {folder.name}")
     if args.csv:
-        write_files({args.csv: csv_text(tasks)})
+        write_files({args.csv: csv_text(sum(tasks.values(), []))})
     if args.png:
         write_files({args.png: picture(tasks)})
 
@@ -109,15 +83,21 @@ def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Gro
         if record["task"] == task:
             recipes.setdefault(record["recipe"], []).append(record)
     groups = list(map(summarize, recipes.values()))
-    column = by if all(by in group.values for group in groups) else next(iter(SCORES[task]))
-    return sorted(groups, key=lambda g: g.values[column], reverse=column in MORE_IS_BETTER)
+    column = by if all(by in group for group in groups) else next(iter(SCORES[task]))
+    return sorted(groups, key=lambda group: group[column], reverse=column in MORE_IS_BETTER)
 
 
 def summarize(records: list[dict[str, Any]]) -> Group:
-    """The group of these runs of one recipe."""
+    """The group of these runs of one recipe, with the flags that no column shows."""
     first = records[0]
     arguments, adapter = first["arguments"], first["adapter"]
-    values = {
+    flags = {name: str(arguments[name]) for name in arguments.keys() - NOT_COMPARED}
+    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA}
+    group = {
+        "task": first["task"],
+        "runs": [record["name"] for record in records],
+        "flags": flags,
+        "n": len(records),
         "method": f"{first['method']} {adapter.get('type', '')}".strip(),
         "model": first["model"],
         "rank": adapter["rank"],
@@ -129,42 +109,48 @@ def summarize(records: list[dict[str, Any]]) -> Group:
     }
     for column, name in SCORES[first["task"]].items():
         scores = [record["final"][name] for record in records]
-        values[column] = fmean(scores)
+        group[column] = fmean(scores)
         if len(scores) > 1:
-            values[f"{column}_sd"] = stdev(scores)
-    flags = {name: str(arguments[name]) for name in arguments.keys() - NOT_COMPARED}
-    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA}
-    return Group([record["name"] for record in records], flags, values)
+            group[f"{column}_sd"] = stdev(scores)
+    return group
 
 
 def format_groups(groups: list[Group]) -> str:
     """The groups as numbered lines, then their names and the flags in which they differ."""
-    columns = [name for name in FORMATS if name in groups[0].values and name != "model"]
-    rows = [["", "n", *columns]]
-    for i, group in enumerate(groups, 1):
-        rows.append([str(i), str(len(group.names)), *map(group.cell, columns)])
+    columns = [name for name in FORMATS if name in groups[0] and name != "model"]
+    rows = [["", *columns]]
+    rows += [[str(i), *(cell(g, column) for column in columns)] for i, g in enumerate(groups, 1)]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     lines.append("")
     for i, group in enumerate(groups, 1):
-        settings = ""
-        for flag, value in sorted(group.flags.items()):
-            if any(other.flags.get(flag, value) != value for other in groups):
-                settings += f"  {flag}={value}"
-        lines.append(f"{i:>{widths[0]}}  {group.title}{settings}")
+        name, *others = group["runs"]
+        if others:  # as a shell expands it
+            name = f"{name[:-6]}{{{','.join(other[-6:] for other in group['runs'])}}}"
+        lines.append(f"{i:>{widths[0]}}  {name}")
+        for flag, value in sorted(group["flags"].items()):
+            if any(other["flags"].get(flag, value) != value for other in groups):
+                lines[-1] += f"  {flag}={value}"
     return "\n".join([*lines, ""])
 
 
-def csv_text(tasks: dict[str, list[Group]]) -> str:
+def cell(group: Group, column: str) -> str:
+    """A value as the table shows it, with its deviation."""
+    text = format(group[column], FORMATS[column])
+    if f"{column}_sd" in group:
+        text += f"±{format(group[f'{column}_sd'], FORMATS[column])}"
+    return text
+
+
+def csv_text(groups: list[Group]) -> str:
     """A line for each group: all columns, and the standard deviations of the scores."""
     text = io.StringIO()
     scores = dict.fromkeys(f"{column}_sd" for task in SCORES.values() for column in task)
-    writer = csv.DictWriter(text, ["task", "runs", "n", *FORMATS, *scores], lineterminator="\n")
+    columns = ["task", "runs", *FORMATS, *scores]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for task, groups in tasks.items():
-        for group in groups:
-            names = {"task": task, "runs": " ".join(group.names), "n": len(group.names)}
-            writer.writerow(names | group.values)
+    for group in groups:
+        writer.writerow(group | {"runs": " ".join(group["runs"])})
     return text.getvalue()
 
 
@@ -176,11 +162,10 @@ def picture(tasks: dict[str, list[Group]]) -> bytes:
     for axis, (task, groups) in zip(axes, tasks.items(), strict=True):
         column, labels = next(iter(SCORES[task])), []
         for i, group in enumerate(groups, 1):
-            method, mean = group.values["method"], group.values[column]
-            color = report.BLUE if method == "lora" else report.BROWN
-            deviation = group.values.get(f"{column}_sd")
-            axis.errorbar(mean, i, xerr=deviation, fmt="o", capsize=4, color=color)
-            labels.append(f"{i}  {method}, rank {group.cell('rank')}, lr {group.cell('lr')}")
+            color = report.BLUE if group["method"] == "lora" else report.BROWN
+            deviation = group.get(f"{column}_sd")
+            axis.errorbar(group[column], i, xerr=deviation, fmt="o", capsize=4, color=color)
+            labels.append(f"{i}  {group['method']}, rank {group['rank']}, lr {group['lr']:g}")
         axis.set_yticks(range(1, len(groups) + 1), labels)
         axis.set_ylim(len(groups) + 0.5, 0.5)
         axis.set_title(f"{task}: {column}, mean and standard deviation", fontsize=10)
