@@ -78,7 +78,7 @@ def main() -> None:
     accelerate(model)
     start = time.perf_counter()
     train_model(model, train, recipe)
-    loss = held_out_loss(model, held_out, recipe.batch_size)
+    loss = held_out_loss(model, held_out)
     n_bytes = sum(len(document.encode()) for document in held_out_text)
     record = {
         "recipe": asdict(recipe),
@@ -206,14 +206,11 @@ def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: GPT2Model, tokens: Tensor, batch_size: int) -> float:
+def held_out_loss(model: GPT2Model, tokens: Tensor) -> float:
     """Mean loss over windows of the model's whole context, nats per token."""
     context = model.config.n_positions
     windows = tokens.unfold(0, context + 1, context)
-    total = sum(
-        language_model_loss(model, rows).item() * len(rows) for rows in windows.split(batch_size)
-    )
-    return total / len(windows)
+    return sum(language_model_loss(model, rows).item() for rows in windows.split(1)) / len(windows)
 
 
 if __name__ == "__main__":
