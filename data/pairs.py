@@ -56,7 +56,7 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
     delimiter = "\t" if "\t" in lines[0] else ","
     names = [name.strip().strip('"') for name in lines[0].split(delimiter)]
     columns = _find_columns(path, names, labelled)
-    is_quoted = delimiter == "," or "question1" not in names  # GLUE's files know no quoting
+    is_quoted = delimiter == "," or "question1" not in names  # GLUE's files do not quote
     pairs, seen = Pairs(path, columns=", ".join(names[i] for i in columns)), set()
     for line_number, row, oddities in _records(lines, delimiter, is_quoted, len(names)):
         if len(pairs.ids) == limit:

@@ -100,6 +100,8 @@ def load_config(folder: Path) -> GPT2Config:
         raise UserError(
             f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
         )
+    for file in weights:
+        _refuse_pointer(file)
     layer = 12 * config.n_embd**2  # its matrices only
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
     size = sum(file.stat().st_size for file in weights if file.exists())
@@ -232,9 +234,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, in an order in which file and model are never both in memory entirely."""
     try:
-        with path.open("rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
+        _refuse_pointer(path)
         if path.suffix != ".safetensors":
             yield from _take_tensors(path, read_plain(path))
             return
@@ -246,6 +246,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise UserError for the text that git puts in place of a large file not fetched yet."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(24) == b"version https://git-lfs.":
+                raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
 
 
 def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:

@@ -63,7 +63,7 @@ def _read(folder: Path) -> "Tokenizer":
     from tokenizers.models import BPE
     from transformers import AutoTokenizer, GPT2Config
 
-    config = None if (folder / "config.json").exists() else GPT2Config()  # names the class
+    config = None if (folder / "config.json").exists() else GPT2Config()  # says which class
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
         raise ValueError("it is no byte-level BPE")

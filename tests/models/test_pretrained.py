@@ -327,8 +327,8 @@ def test_the_bundled_checkpoint_is_as_good_as_its_card_says():
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_git_lfs_pointer_is_named(hf_folder, tmp_path, name):
-    (tmp_path / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    transformers.GPT2Config().save_pretrained(tmp_path)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
     with pytest.raises(UserError, match="a Git LFS pointer.* git lfs pull fetches"):
         GPT2Model.from_pretrained(tmp_path)
