@@ -27,6 +27,7 @@ from modules.onednn import (
 
 SWITCH = "GPT2_ACCELERATE"  # environment variable; 0 keeps the plain modules
 LOSS_CHUNK = 128  # states whose logits exist at one time
+GPU_LOSS_CHUNK = 1024  # the same where each kernel costs a launch: 200 MB of gpt2's logits
 
 
 def accelerate(model: nn.Module) -> None:
@@ -35,7 +36,8 @@ def accelerate(model: nn.Module) -> None:
     On every device:
       LoRALinear           its own backward: keeps less, and adds by the matmul itself; under
                            autocast one cast of all A and B in a forward of the model
-      NextTokenLoss        logits of 128 states at a time, their gradient made on the way
+      NextTokenLoss        logits of 128 states at a time, on a GPU of 1024, their gradient
+                           made on the way
     On a CPU:
       nn.Dropout           masks cut as bytes from random words; p is rounded to a 256th
       CausalSelfAttention  under dropout its own backward; one query by two small matmuls
@@ -59,10 +61,10 @@ def accelerate(model: nn.Module) -> None:
             faster[nn.Linear] = FastLinear
         if attention_backward_works():
             faster[CausalSelfAttention] = FastCausalSelfAttention
+    if any(faster.get(type(module)) is FastLoRALinear for module in model.modules()):
+        cast_adapters_at_once(model)
     for module in model.modules():
         module.__class__ = faster.get(type(module), type(module))
-    if any(isinstance(module, FastLoRALinear) for module in model.modules()):
-        cast_adapters_at_once(model)
 
 
 class FastLinear(nn.Linear):
@@ -164,8 +166,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         total, gradients = 0.0, []
+        chunk = LOSS_CHUNK if h.device.type == "cpu" else GPU_LOSS_CHUNK
         with torch.autocast(h.device.type, enabled=False):
-            for h_part, target in zip(h.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            for h_part, target in zip(h.split(chunk), targets.split(chunk), strict=True):
                 logits = matmul(h_part.float(), weight, bias)  # [chunk,V]
                 log_z = logits.logsumexp(1, keepdim=True)
                 total = total + (log_z - logits.gather(1, target[:, None])).sum()

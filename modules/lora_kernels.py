@@ -128,10 +128,13 @@ def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]
 
 
 def cast_adapters_at_once(model: nn.Module) -> None:
-    """Have each forward of the model under autocast cast all A and B before the first layer."""
+    """Have each forward of the GPT-2 in a model cast all A and B, under autocast, before it starts.
 
-    def before(model: nn.Module, args: Any) -> None:
-        layers = [module for module in model.modules() if isinstance(module, FastLoRALinear)]
+    The copies are dropped when it ends: none can be of weights that have changed since.
+    """
+
+    def before(gpt: nn.Module, args: Any) -> None:
+        layers = [module for module in gpt.modules() if isinstance(module, FastLoRALinear)]
         dtype = autocast_dtype(layers[0].weight.device)
         if dtype is not None:
             matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
@@ -139,10 +142,12 @@ def cast_adapters_at_once(model: nn.Module) -> None:
             for layer, A, B in zip(layers, copies, copies, strict=True):
                 layer.cast = A, B
 
-    def after(model: nn.Module, args: Any, output: Any) -> None:
-        for module in model.modules():
+    def after(gpt: nn.Module, args: Any, output: Any) -> None:
+        for module in gpt.modules():
             if isinstance(module, FastLoRALinear):
                 module.cast = None
 
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after, always_call=True)
+    for module in model.modules():
+        if any(isinstance(child, nn.ModuleList) for child in module.children()):  # its layers
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after, always_call=True)

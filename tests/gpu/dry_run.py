@@ -1,0 +1,237 @@
+"""The training and decoding steps of the scripts on a GPU that is not there.
+
+`main` runs in a process of its own, which has loaded cuda_stub.so; it prints a JSON object.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from datasets import TokenizedPairs, TokenizedSonnet, pair_batch, sonnet_batch
+from finetune.generation import LineCounter, Sequence, generate
+from finetune.loop import FitConfig, Trainer
+from finetune.runtime import PRECISIONS, Runtime
+from finetune.sampling import SamplingConfig
+from models.config import SIZES, GPT2Config
+from models.gpt2 import GPT2Model
+from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
+from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.adapters import trainable
+from modules.lora import LoRAConfig, add_lora
+from modules.reft import TYPES, ReFTConfig, add_reft
+from tests.gpu.fake_cuda import CUDA, Kernels, fake_cuda
+
+SMALL, GPT2 = (64, 2, 2), SIZES["gpt2"]  # width, layers, heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script's step: its task, its adapter, and the flags that change what runs."""
+
+    task: str = "paraphrase"
+    adapter: str = "lora"
+    precision: str = "bf16"
+    positions: str = "all"
+    checkpointing: bool = False
+    grad_clip: float = 0.0
+    capturable: bool = False  # the optimizer's step may be in a CUDA graph
+    size: tuple[int, int, int] = SMALL
+
+    @property
+    def name(self) -> str:
+        default = Case()
+        return " ".join(
+            str(value) if isinstance(value, str) else f"{key}={value}"
+            for key, value in asdict(self).items()
+            if value != getattr(default, key) or key in ("task", "adapter", "precision")
+        )
+
+
+TASKS, ADAPTERS = ("paraphrase", "sonnet"), ("lora", *TYPES)
+CASES = [Case(*case) for case in itertools.product(TASKS, ADAPTERS, PRECISIONS)]
+CASES += [Case(task, adapter, checkpointing=True) for task in TASKS for adapter in ADAPTERS]
+CASES += [Case(task, adapter, positions="f2+l3") for task in TASKS for adapter in TYPES]
+CASES += [Case(adapter=adapter, grad_clip=1.0) for adapter in ("lora", "loreft")]
+CASES += [Case(precision="fp16", grad_clip=1.0), Case(precision="bf16", capturable=True)]
+STEPS = {
+    "pairs, LoRA": Case(size=GPT2),
+    "pairs, ReFT adapter": Case(adapter="adapter", size=GPT2),
+    "pairs, LoReFT": Case(adapter="loreft", size=GPT2),
+    "sonnets, LoRA": Case("sonnet", size=GPT2),
+    "sonnets, ReFT adapter": Case("sonnet", "adapter", size=GPT2),
+}
+PEERS = ("pairs, LoRA", "sonnets, LoRA")
+TOKENS = {"a token, LoRA": "lora", "a token, LoReFT": "loreft", "a token, no adapter": "none"}
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "reads a value": lambda loss: loss * loss.item(),
+    "copies to the host": lambda loss: loss + loss.detach().cpu().sum().to(CUDA),
+    "mixes devices": lambda loss: (loss + torch.ones(3)).sum(),
+}
+ANSWERS = (3919, 8505)
+
+
+def host_batch(task: str) -> dict[str, Tensor]:
+    """Rows of different lengths, as many as the scripts have in a batch."""
+    if task == "sonnet":
+        return sonnet_batch([TokenizedSonnet([1] * length, 30) for length in (130, 155, 140, 120)])
+    lengths = np.arange(33, 45)  # 12 rows
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+    data = TokenizedPairs(
+        ids=[str(row) for row in range(len(lengths))],
+        labels=np.zeros(len(lengths), dtype=np.int64),
+        tokens=np.ones(lengths.sum(), dtype=np.int32),
+        starts=starts,
+        lengths=lengths,
+        shortened=0,
+    )
+    return pair_batch(data, np.arange(len(lengths)))
+
+
+def make_gpt(adapter: str, size: tuple[int, int, int], positions: str = "all") -> GPT2Model:
+    """A GPT-2 of fake weights on the device."""
+    with CUDA:
+        gpt = GPT2Model(GPT2Config(50257, 1024, *size))
+        if adapter == "lora":
+            add_lora(gpt, LoRAConfig())
+        elif adapter != "none":
+            add_reft(gpt, ReFTConfig(adapter, positions=positions))
+    return gpt
+
+
+def train(
+    model: nn.Module, loss: Callable[..., Tensor], batch: dict[str, Tensor], case: Case
+) -> dict:
+    """The kernels of the second of two steps, which all later ones are like, and faults of both."""
+    faults = set()
+    optimizer = torch.optim.AdamW(
+        trainable(model), lr=1e-4, eps=1e-6, fused=True, capturable=case.capturable
+    )
+    runtime, config = Runtime(CUDA, PRECISIONS[case.precision]), FitConfig(grad_clip=case.grad_clip)
+    trainer = Trainer(model.train(), loss, optimizer, config, 10, runtime)
+    for _ in range(2):
+        with Kernels() as kernels:
+            trainer.backward(batch)
+            for grad in (parameter.grad for parameter in trainer.trainable):
+                if (grad.dtype, grad.device) != (torch.float32, CUDA):
+                    faults.add(f"a gradient is {grad.dtype} on {grad.device}")
+            trainer.step()
+        faults |= {f"{op} copies to the host" for op in kernels.copied_to_host}
+    return {"launches": kernels.launched, "faults": sorted(faults)}
+
+
+def our_step(case: Case, change: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict:
+    """A training step of this project, with a change to its loss."""
+    batch = host_batch(case.task)
+    with fake_cuda() as mode:
+        gpt = make_gpt(case.adapter, case.size, case.positions)
+        gpt.gradient_checkpointing = case.checkpointing
+        is_sonnet = case.task == "sonnet"
+        model = SonnetGPT(gpt) if is_sonnet else ParaphraseGPT(gpt, ANSWERS)
+        Runtime(CUDA, PRECISIONS[case.precision]).prepare(model)
+        batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+        loss = sonnet_loss if is_sonnet else paraphrase_loss
+        return train(model, lambda *inputs: change(loss(*inputs)), batch, case)
+
+
+def peft_step(case: Case) -> dict:
+    """A training step of transformers + PEFT on the same batch."""
+    import peft
+    import transformers
+
+    batch, (width, layers, heads) = host_batch(case.task), case.size
+    is_sonnet = case.task == "sonnet"
+    config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+    lora = peft.LoraConfig(
+        r=8,
+        lora_dropout=0.1,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
+    )
+    with fake_cuda() as mode:
+        with CUDA:
+            peer = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
+        batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+        return train(peer, peft_sonnet_loss if is_sonnet else peft_pair_loss, batch, case)
+
+
+def peft_pair_loss(peer: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The cross-entropy of the two answers, from the last token's logits."""
+    gpt, mask = peer.base_model.model, batch["attention_mask"]
+    h = gpt.transformer(batch["input_ids"], attention_mask=mask).last_hidden_state
+    rows = torch.arange(len(h), device=h.device)
+    logits = gpt.lm_head(h[rows, mask.sum(1) - 1])[:, ANSWERS[0] : ANSWERS[1] + 1]
+    return F.cross_entropy(logits.float(), batch["labels"])
+
+
+def peft_sonnet_loss(peer: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The usual language-model loss."""
+    logits = peer(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    states = logits.flatten(0, 1)[batch["token_index"][: len(batch["targets"])]]
+    return F.cross_entropy(states.float(), batch["targets"])
+
+
+class Enough(Exception):
+    """Raised to end a generation."""
+
+
+def a_token(adapter: str) -> dict:
+    """What `generate` does for the third token of 12 rows: kernels, and reads by the host."""
+    counter = LineCounter(frozenset(), lambda ids: "")
+    sequences = [Sequence([1] * 30, (row,), 100, counter) for row in range(12)]
+    kernels, marks, index = Kernels(), [(0, 0)], FakeTensor.__getitem__
+    reads = []
+
+    def tolist(tensor: Tensor) -> list:
+        reads.append(tensor)
+        return np.zeros(tensor.shape, dtype=int).tolist()
+
+    def nonzero(tensor: Tensor) -> Tensor:  # of the mask of the prompts, which is all ones
+        return torch.arange(tensor.numel(), device=tensor.device)[:, None]
+
+    def getitem(tensor: Tensor, key: object) -> Tensor:  # PyTorch makes a real tensor of []
+        return index(tensor, slice(0) if isinstance(key, list) and not key else key)
+
+    def mark(gpt: nn.Module, inputs: object) -> None:
+        marks.append((kernels.launched, len(reads)))
+        if len(marks) > 4:
+            raise Enough
+
+    fakes = {"tolist": tolist, "nonzero": nonzero, "__getitem__": getitem}
+    with fake_cuda(), mock.patch.multiple(FakeTensor, **fakes), contextlib.suppress(Enough):
+        gpt, runtime = make_gpt(adapter, GPT2).eval(), Runtime(CUDA, torch.bfloat16)
+        runtime.prepare(SonnetGPT(gpt))
+        gpt.register_forward_pre_hook(mark)
+        with kernels:
+            generate(gpt, sequences, 50256, SamplingConfig(), runtime)
+    (launched, n_reads), (later, n_later) = marks[-2:]
+    faults = [f"{op} copies to the host" for op in kernels.copied_to_host]
+    return {"launches": later - launched, "host_reads": n_later - n_reads, "faults": faults}
+
+
+def attempt(step: Callable[..., dict], *arguments: object) -> dict:
+    """The step's report, or its error, such as of mixed devices or of a value that is read."""
+    try:
+        return step(*arguments)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return {"launches": 0, "host_reads": 0, "faults": [f"{type(error).__name__}: {reason}"]}
+
+
+def main() -> None:
+    """Print the reports of all cases by their names, as the last line."""
+    torch.set_num_threads(1)
+    reports = {case.name: attempt(our_step, case) for case in CASES}
+    reports |= {name: attempt(our_step, case) for name, case in STEPS.items()}
+    reports |= {name: attempt(our_step, Case(), change) for name, change in WRONG.items()}
+    reports |= {name: attempt(a_token, adapter) for name, adapter in TOKENS.items()}
+    reports |= {f"PEFT: {name}": attempt(peft_step, STEPS[name]) for name in PEERS}
+    print(json.dumps(reports))

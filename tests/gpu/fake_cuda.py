@@ -1,0 +1,109 @@
+"""Tensors of device cuda without a GPU: shapes, types and devices of a program, but no values."""
+
+import contextlib
+import importlib.util
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from modules import kernels
+from modules.attention import CausalSelfAttention
+
+CUDA = torch.device("cuda", 0)
+NO_KERNEL = (
+    *("aten.detach", "aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.lift_fresh"),
+    *("prim.", "profiler."),
+)
+
+
+def build_stub(compiler: str, folder: Path) -> Path:
+    """Compile cuda_stub.cpp, which a process must load before it imports PyTorch.
+
+    Only a PyTorch without CUDA needs it: the other has the guard, and FakeTensorMode replaces it.
+    """
+    root = Path(importlib.util.find_spec("torch").origin).parent
+    source, library = Path(__file__).with_name("cuda_stub.cpp"), folder / "cuda_stub.so"
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", source, "-o", library]
+    command += [f"-I{root}/include", f"-L{root}/lib", f"-Wl,-rpath,{root}/lib"]
+    subprocess.run([*command, "-lc10", "-ltorch_cpu"], check=True)
+    return library
+
+
+class Kernels(TorchDispatchMode):
+    """Counts kernels launched on the device, and copies from it, for which the host waits.
+
+    What is one kernel here may be two on a GPU, as a `cat` of many tensors is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launched = 0
+        self.copied_to_host: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        inputs, outputs = (_devices(tree) for tree in ((args, kwargs), out))
+        if "cuda" in inputs and "cpu" in outputs:
+            self.copied_to_host.append(str(func))
+        if "cuda" in inputs | outputs and not func.is_view:
+            self.launched += not str(func).startswith(NO_KERNEL)
+        return out
+
+
+def _devices(tree: object) -> set[str]:
+    return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[FakeTensorMode]:
+    """Within, device cuda works for fake tensors; mixed devices and reads of values raise."""
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+        patch(torch.Tensor, "pin_memory", lambda self: self)
+        patch(nn.Module, "to", _buffers_to)
+        patch(kernels, "native_dropout_works", lambda device: True)
+        patch(F, "scaled_dot_product_attention", _attention)
+        patch(CausalSelfAttention, "scaled_dot_product_attention", staticmethod(_attention))
+        yield stack.enter_context(FakeTensorMode())
+
+
+def _buffers_to(model: nn.Module, device: torch.device, dtype: object = None) -> nn.Module:
+    """`Module.to` cannot replace fake parameters, so they must be made on the device."""
+    for module in model.modules():
+        assert {p.device.type for p in module.parameters(recurse=False)} <= {device.type}
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **rest: object,
+) -> Tensor:
+    """The kernels that a GPU would choose; PyTorch itself chooses by the GPU that it finds."""
+    if attn_mask is None and query.dtype != torch.float32:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal)[0]
+    if attn_mask is not None:
+        scores = (*query.shape[:3], key.shape[2])
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype).expand(scores)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, True, dropout_p, is_causal)[0]
