@@ -47,7 +47,7 @@ def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str
     """
     columns = ("first", "second", "label", "predicted", "probability", "id")
     pairs = json.dumps([[row[column] for column in columns] for row in rows], ensure_ascii=False)
-    return _page(record, pairs=pairs, counts=confusion_counts(rows).tolist(), answers=ANSWERS)
+    return _page(record, confusion_counts(rows), pairs=pairs)
 
 
 def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) -> str:
@@ -127,7 +127,7 @@ def _was_trained(record: dict[str, Any]) -> bool:
     return "train_loss" in best_epoch(record["history"])
 
 
-def _page(record: dict[str, Any], **parts: Any) -> str:
+def _page(record: dict[str, Any], counts: np.ndarray | None = None, **parts: Any) -> str:
     """Fill the template of the record's task."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -136,15 +136,19 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    best, was_trained = best_epoch(record["history"]), _was_trained(record)
-    when = f"at epoch {best['epoch']} of {record['arguments']['epochs']}"
+    when = "imported"
+    if _was_trained(record):
+        best, n_epochs = best_epoch(record["history"]), record["arguments"]["epochs"]
+        when = f"at epoch {best['epoch']} of {n_epochs}"
+    figure = _draw(record, counts)
     return environment.get_template(f"report_{record['task']}.html.jinja").render(
         run=record,
         title=TITLES[record["task"]],
         settings=settings_in_words(record),
         flags=record["arguments"] | record["predicted_with"] | record["versions"],
-        when=when if was_trained else "imported",
-        chart=_svg(_draw(record)) if was_trained else None,
+        when=when,
+        chart=_svg(figure) if figure.axes else "",
+        counts=counts,
         **parts,
     )
 
@@ -158,7 +162,7 @@ def _svg(figure: "Figure") -> Markup:
     with rc_context({"svg.hashsalt": "report"}):
         figure.savefig(drawn, format="svg", metadata=no_metadata)
     _, tag, rest = drawn.getvalue().partition("<svg")
-    return Markup(f'{tag} role="img" aria-label="curves by epoch"{rest}')
+    return Markup(f'{tag} role="img" aria-label="losses and scores by epoch"{rest}')
 
 
 def _draw(record: dict[str, Any], counts: np.ndarray | None = None) -> "Figure":
@@ -194,7 +198,9 @@ def _draw_curves(
 
 
 def _draw_confusion(axis: "Axes", counts: np.ndarray) -> None:
-    axis.imshow(counts, cmap="Blues", vmin=0, vmax=counts.max() * 1.4)
+    axis.pcolormesh([0, 1], [0, 1], counts, cmap="Blues", vmin=0, vmax=counts.max() * 1.4)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
     for label, predicted in np.ndindex(2, 2):
         n, share = counts[label, predicted], counts[label, predicted] / max(1, counts[label].sum())
         color = "white" if n > 0.7 * counts.max() else INK

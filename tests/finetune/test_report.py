@@ -148,7 +148,7 @@ def test_texts_are_shown_and_not_interpreted(page):
 
 def test_curves_are_described(page):
     assert page.tags.count("svg") == 1
-    assert ("aria-label", "curves by epoch") in page.attributes
+    assert ("aria-label", "losses and scores by epoch") in page.attributes
 
 
 def test_the_same_run_gives_the_same_page():
@@ -162,7 +162,6 @@ def test_the_result_is_said_beside_the_baseline():
         "Dev accuracy 0.750 , macro F1 0.500, at epoch 2 of 3; always answering “no” gets 0.750 "
         "of the 4 pairs right." in page.text
     )
-    assert "answer no answer yes label no 2 67% 1 33% label yes 0 0% 1 100%" in page.text
 
 
 def test_the_pairs_are_there_whole():
@@ -221,7 +220,7 @@ def test_an_unfinished_training_and_an_imported_adapter_have_pages_and_pictures_
         else:
             page = Page(report.sonnet_report(imported, make_poems()))
         assert "imported" in page.text
-        assert "svg" not in page.tags
+        assert ("svg" in page.tags) == (imported["task"] == "paraphrase")  # the matrix
         assert imread(io.BytesIO(report.picture(imported))).shape[1] == 800
 
 
