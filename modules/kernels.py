@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modules.attention import CausalSelfAttention
 from modules.byte_dropout import ByteDropout, drop, drop_gradient, native_dropout_works
 from modules.lora import LoRALinear
-from modules.lora_kernels import FastLoRALinear, cast_adapters_at_once
+from modules.lora_kernels import FastLoRALinear, cast_adapters_at_once, lora_matmul_works
 from modules.next_token_loss import NextTokenLoss
 from modules.onednn import (
     OneDNNMatmul,
@@ -52,7 +52,7 @@ def accelerate(model: nn.Module) -> None:
         return
     device = next(model.parameters()).device
     faster = {NextTokenLoss: ChunkedNextTokenLoss}
-    if device.type == "cpu" or native_dropout_works(device):
+    if device.type == "cpu" or native_dropout_works(device) and lora_matmul_works(device):
         faster[LoRALinear] = FastLoRALinear
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,13 +1,16 @@
 """LoRA in few and large operations: what `accelerate` puts in the place of `LoRALinear`."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.byte_dropout import drop, drop_gradient
 from modules.lora import LoRALinear
-from modules.onednn import add_matmul, matmul, prepacked_linear
+from modules.onednn import add_matmul, agrees, matmul, prepacked_linear
 
 
 class FastLoRALinear(LoRALinear):
@@ -92,6 +95,33 @@ def _adapted(y: Tensor, parts: tuple[bool, ...]) -> Tensor:
     first, *more = (i for i, adapted in enumerate(parts) if adapted)
     step = more[0] - first if more else 1
     return _split(y, len(parts))[first : first + step * sum(parts) : step]
+
+
+@cache
+def lora_matmul_works(device: torch.device) -> bool:
+    """Is `LoRAMatmul`, which writes into views, right on this device, gradients included?"""
+
+    def numbers(rows: int, columns: int) -> Tensor:
+        return torch.arange(float(rows * columns), device=device).view(rows, columns) / 32
+
+    x, W, b, A, B = numbers(5, 4), numbers(6, 4), numbers(1, 6)[0], numbers(4, 4), numbers(4, 2)
+
+    def fast(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return LoRAMatmul.apply(x, W, b, A, B, 0.5, 0.0, (True, False, True))
+
+    def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        z, y = F.linear(x, A), F.linear(x, W, b)  # [5,2R], [5,6]
+        first, last = F.linear(z[:, :2], B[:2]), F.linear(z[:, 2:], B[2:])
+        return y + 0.5 * torch.cat([first, torch.zeros_like(first), last], 1)
+
+    def result(function: Callable[..., Tensor]) -> Tensor:
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, A, B)]
+        with torch.enable_grad():
+            y = function(*inputs)
+            gradients = torch.autograd.grad(y.square().sum(), inputs)
+        return torch.cat([tensor.detach().flatten() for tensor in (y, *gradients)])
+
+    return agrees("its own LoRA backward", lambda: result(fast), lambda: result(plain))
 
 
 # One cast for all

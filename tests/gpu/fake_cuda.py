@@ -74,7 +74,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch(torch.Tensor, "pin_memory", lambda self: self)
         patch(nn.Module, "to", _buffers_to)
-        patch(kernels, "native_dropout_works", lambda device: True)
+        for check in ("native_dropout_works", "lora_matmul_works"):  # by values
+            patch(kernels, check, lambda device: True)
         patch(F, "scaled_dot_product_attention", _attention)
         patch(CausalSelfAttention, "scaled_dot_product_attention", staticmethod(_attention))
         yield stack.enter_context(FakeTensorMode())

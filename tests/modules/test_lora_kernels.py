@@ -60,6 +60,14 @@ def test_matmuls_of_either_shape_are_scaled(library, sizes):
     assert torch.allclose(lora_kernels.scaled_bmm(x, y, 0.3), 0.3 * x @ y, atol=1e-5)
 
 
+def test_the_fast_way_is_checked_on_a_device(monkeypatch, capsys):
+    check, right = lora_kernels.lora_matmul_works.__wrapped__, lora_kernels.scaled_bmm
+    assert check(torch.device("cpu"))
+    monkeypatch.setattr(lora_kernels, "scaled_bmm", lambda x, y, scale: right(x, y, 1.0))
+    assert not check(torch.device("cpu"))
+    assert "running without its own LoRA backward" in capsys.readouterr().out
+
+
 class Casts(TorchDispatchMode):
     """Counts casts of many tensors by one kernel, and casts of adapters one by one."""
 
