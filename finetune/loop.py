@@ -19,7 +19,7 @@ from finetune.ending import Interrupted, held_signals
 from finetune.progress import Fitted, Progress, bar
 from finetune.runtime import STEADIER, LargestBefore, Runtime, random_state, set_random_state
 from modules.adapters import load_adapter_state, trainable
-from modules.reft import Intervention
+from modules.reft import orthonormalize
 from modules.settings import UserError, check_settings, setting
 
 Batch = dict[str, Tensor]
@@ -111,7 +111,6 @@ class Trainer:
     def __post_init__(self):
         self.model = self.runtime.parallel(self.bare_model)
         self.trainable = trainable(self.bare_model)
-        self.interventions = [m for m in self.model.modules() if isinstance(m, Intervention)]
         self.is_half = self.runtime.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_half)
         self.progress = Progress()
@@ -140,8 +139,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        for intervention in self.interventions:
-            intervention.after_step()
+        orthonormalize(self.bare_model)
         self.progress.steps += 1
 
     def read_losses(self) -> float:

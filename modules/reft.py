@@ -114,9 +114,6 @@ class Intervention(nn.Module):
         """[R,C] with orthonormal rows."""
         return nn.Parameter(nn.init.orthogonal_(torch.empty(self.rank, self.width)))
 
-    def after_step(self) -> None:
-        """Restore what an optimizer step may have broken: here, nothing."""
-
 
 class Adapter(Intervention):
     """h + (alpha/r) W_up act(W_down h), with W_up = 0 at first. This project's own form."""
@@ -165,10 +162,6 @@ class Orthonormal(Intervention):
         super().__init__(width, config)
         self.reft_R = self.orthonormal()
         self.reft_b = self.zeros(self.rank)
-
-    def after_step(self) -> None:
-        """Make the rows of R orthonormal again."""
-        orthonormalize_([self.reft_R])
 
 
 class LoReFT(Orthonormal):

@@ -12,7 +12,7 @@ from finetune.loop import FitConfig, Trainer, fit, lr_factor
 from finetune.runtime import Runtime
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
-from modules.reft import Intervention, ReFTConfig
+from modules.reft import DiReFT, ReFTConfig
 from modules.settings import UserError
 from tests.conftest import adamw
 
@@ -176,22 +176,21 @@ def test_a_training_loss_that_is_not_finite_stops_the_run_and_saves_nothing():
         run([[math.nan]], save=lambda record: pytest.fail("saved"))
 
 
-def test_an_intervention_restores_its_constraint_after_every_step():
-    class Clamped(Intervention):
+def test_the_rows_of_R_are_orthonormal_after_every_step():
+    class Edited(DiReFT):
         def __init__(self):
-            super().__init__(1, ReFTConfig(rank=1))
-            self.weight = nn.Parameter(torch.zeros(1, 1))
+            super().__init__(4, ReFTConfig("direft", rank=2))
+            self.trained = []
 
         def forward(self, x):
-            return x @ self.weight
+            self.trained.append(self.reft_R.detach().clone())
+            return super().forward(x.expand(1, 4)).square().sum() - 5 * self.reft_R[0, 0]
 
-        def after_step(self):
-            with torch.no_grad():
-                self.weight.clamp_(max=0.15)
-
-    model = Clamped()
-    run([[1.0]] * 4, model=model, grad_accum=2, epochs=2)
-    assert model.weight.item() == pytest.approx(0.15)  # four steps of 0.1 without the constraint
+    model = Edited()
+    run([[1.0]] * 4, model=model, epochs=2)
+    matrices = torch.stack(model.trained[1:] + [model.reft_R.detach()])
+    assert not torch.allclose(matrices[0], matrices[-1], atol=1e-2)
+    assert torch.allclose(matrices @ matrices.mT, torch.eye(2).expand(9, 2, 2), atol=1e-5)
 
 
 def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
