@@ -101,10 +101,10 @@ def load_config(folder: Path) -> GPT2Config:
             f"{folder} has no weights: no model.safetensors or pytorch_model.bin, whole or sharded"
         )
     for file in weights:
-        _refuse_pointer(file)
+        _check_readable(file)
     layer = 12 * config.n_embd**2  # its matrices only
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
-    size = sum(file.stat().st_size for file in weights if file.exists())
+    size = sum(file.stat().st_size for file in weights)
     if least > max(size, 10**8):  # before memory is asked for that there may not be
         raise UserError(
             f"{path} makes a model of over {least:,} parameters, its weights have {size:,} bytes"
@@ -171,13 +171,10 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256(repr(load_config(folder)).encode())
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     for path in _weight_files(folder) + tokenizer:
-        try:
-            with path.open("rb") as file:
-                digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-                while chunk := file.read(2**20):
-                    digest.update(chunk)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -233,8 +230,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, in an order in which file and model are never both in memory entirely."""
+    _check_readable(path)
     try:
-        _refuse_pointer(path)
         if path.suffix != ".safetensors":
             yield from _take_tensors(path, read_plain(path))
             return
@@ -248,12 +245,15 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
-def _refuse_pointer(path: Path) -> None:
-    """Raise UserError for the text that git puts in place of a large file not fetched yet."""
-    if path.is_file():
+def _check_readable(path: Path) -> None:
+    """Raise UserError for a file that cannot be opened, or that git has not fetched yet."""
+    try:
         with path.open("rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
+            is_pointer = file.read(24) == b"version https://git-lfs."
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if is_pointer:
+        raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
 
 
 def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
