@@ -1,11 +1,12 @@
 """Question-pair files: find the columns, read every row, say which were left out or are odd."""
 
 import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.text import read_lines
+from data.text import LONGEST_LINE, read_lines
 from modules.settings import UserError
 
 COLUMNS = {  # column -> its names in the course's, Kaggle's and GLUE's files
@@ -32,11 +33,13 @@ class Pairs:
     labels: list[int] = field(default_factory=list)  # empty for a file without labels
     left_out: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
-    columns: str = ""  # their names in the header
+    layout: str = ""  # how the columns were taken, where that is not as in the course's files
 
     def summary(self) -> str:
         """One line: how many rows were read, from which columns, left out or odd, why and where."""
-        text = f"{self.path}: {len(self.ids):,} pairs from {self.columns}"
+        text = f"{self.path}: {len(self.ids):,} pairs"
+        if self.layout:
+            text += f" from {self.layout}"
         for what, reasons in (("left out", self.left_out), ("kept", self.kept)):
             for reason, lines in reasons.items():
                 where = ", ".join(map(str, lines[:10]))
@@ -45,24 +48,33 @@ class Pairs:
         return text
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the header of a file says that its rows are written."""
+
+    delimiter: str
+    quoted: bool  # otherwise a quote is a character and every line is a row
+    n_fields: int
+    columns: tuple[int, ...]  # where id, first and second question and, if labelled, label are
+    description: str
+
+
 def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
     """Read a tab- or comma-separated file whose header names the columns as COLUMNS lists them.
 
-    Faulty rows are left out; of a file without labels only those without an id. `limit` keeps only
-    the first so many usable rows. Raises UserError for an unusable file.
+    Faulty rows are left out; of a file without labels only those without a readable id. `limit`
+    keeps only the first so many usable rows. Raises UserError for an unusable file.
     """
     path = Path(path)
     lines = read_lines(path)
-    delimiter = "\t" if "\t" in lines[0] else ","
-    names = [name.strip().strip('"') for name in lines[0].split(delimiter)]
-    columns = _find_columns(path, names, labelled)
-    is_quoted = delimiter == "," or "question1" not in names  # GLUE's files do not quote
-    pairs, seen = Pairs(path, columns=", ".join(names[i] for i in columns)), set()
-    for line_number, row, oddities in _records(lines, delimiter, is_quoted, len(names)):
-        if len(pairs.ids) == limit:
+    csv.field_size_limit(LONGEST_LINE)
+    layout = _layout(path, lines[0], labelled)
+    pairs, seen = Pairs(path, layout=layout.description), set()
+    for line_number, row, oddities in _records(lines, layout):
+        if limit is not None and len(pairs.ids) == limit:
             break
-        values = [row[i].strip() if i < len(row) else "" for i in columns]
-        is_whole = len(row) == len(names)
+        values = [row[i].strip() if i < len(row) else "" for i in layout.columns]
+        is_whole = len(row) == layout.n_fields
         fault = _fault(values, is_whole, labelled)
         if fault:
             pairs.left_out.setdefault(fault, []).append(line_number)
@@ -85,24 +97,35 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
     return pairs
 
 
-def _find_columns(path: Path, names: list[str], labelled: bool) -> list[int]:
-    """Where id, first and second question and, if labelled, label are among a header's names."""
+def _layout(path: Path, header: str, labelled: bool) -> Layout:
+    """The layout of a file with this first line; raises UserError unless each column is there once.
+
+    GLUE's files, which are tab-separated and have the columns question1 and question2, know no
+    quoting.
+    """
+    delimiter = "\t" if "\t" in header else ","
+    names = [name.strip().strip('"') for name in header.split(delimiter)]
     wanted = list(COLUMNS)[: 4 if labelled else 3]
-    found = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
-    allowed = "; ".join(" or ".join(COLUMNS[want]) for want in wanted)
-    for fault, count in (("no column", 0), ("two columns for", 2)):
-        faulty = [want for want in wanted if min(len(found[want]), 2) == count]
-        if faulty:
-            raise UserError(
-                f"{path} has {fault} {', '.join(faulty)}: its first line must be a header, "
-                f"separated by tabs or commas, with {allowed}"
-            )
-    return [places[0] for places in found.values()]
+    columns = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
+    missing = [want for want, found in columns.items() if not found]
+    doubled = [want for want, found in columns.items() if len(found) > 1]
+    if missing or doubled:
+        fault = f"no column {', '.join(missing)}" if missing else f"two columns for {doubled[0]}"
+        raise UserError(
+            f"{path} has {fault}: its first line must be a header, separated by tabs or commas, "
+            f"with {'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"
+        )
+    taken = tuple(found[0] for found in columns.values())
+    quoted = delimiter == "," or "question1" not in names
+    description = ""
+    if delimiter == "," or [names[i] for i in taken] != wanted:
+        separated = "comma-separated" if delimiter == "," else "tab-separated"
+        quoting = "" if quoted else ", a quote being a character"
+        description = f"{', '.join(names[i] for i in taken)} ({separated}{quoting})"
+    return Layout(delimiter, quoted, len(names), taken, description)
 
 
-def _records(
-    lines: list[str], delimiter: str, is_quoted: bool, n_fields: int
-) -> Iterator[tuple[int, list[str], list[str]]]:
+def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str], list[str]]]:
     """Line number, fields and oddities of each record after the header.
 
     A quoted question may run over several lines. Where the quotes are not those of CSV the line is
@@ -110,15 +133,15 @@ def _records(
     """
     i = 1
     while i < len(lines):
-        row, length, oddities = lines[i].split(delimiter), 1, []
-        if is_quoted and '"' in lines[i]:
+        row, length, oddities = lines[i].split(layout.delimiter), 1, []
+        if layout.quoted and '"' in lines[i]:
             record = (f"{line}\n" for line in lines[i : i + LONGEST_RECORD])
-            reader = csv.reader(record, delimiter=delimiter, strict=True)
+            reader = csv.reader(record, delimiter=layout.delimiter, strict=True)
             try:
                 fields = next(reader)
             except csv.Error:
                 fields = []
-            if len(fields) == n_fields and not any("\t" in value for value in fields):
+            if len(fields) == layout.n_fields and not any("\t" in value for value in fields):
                 row, length = fields, reader.line_num
             else:
                 oddities = ["quotes that are not those of CSV"]
@@ -128,8 +151,12 @@ def _records(
 
 
 def _fault(values: list[str], is_whole: bool, labelled: bool) -> str | None:
-    """Why a row is left out, if it is; one is whole if it has as many fields as the header."""
-    if not is_whole and (labelled or not any(values[1:])):
+    """Why a row is left out, if it is; one is whole if it has as many fields as the header.
+
+    Without labels one that is not whole is kept if it begins like a row, not like the rest of one.
+    """
+    begins_like_a_row = re.fullmatch(r"[\w.,-]+", values[0]) and any(values[1:])
+    if not is_whole and (labelled or not begins_like_a_row):
         return "a wrong number of fields"
     if labelled and not (values[1] and values[2]):
         return "an empty question"
@@ -137,6 +164,8 @@ def _fault(values: list[str], is_whole: bool, labelled: bool) -> str | None:
         return "no id"
     if "\n" in values[0] or "\r" in values[0]:
         return "an id of several lines"
+    if labelled and not values[3]:
+        return "no label"
     if labelled and values[3] not in LABELS:
-        return "a label other than 0 and 1" if values[3] else "no label"
+        return "a label other than 0 and 1"
     return None

@@ -13,12 +13,14 @@ from modules.settings import UserError
 
 # A number alone on a line: 18, 18., XVIII, Sonnet 18, SONNET XVIII.
 MARK = re.compile(
-    r"\s*(?:(?i:sonnet)\s+)?"
+    r"\s*(?P<word>(?i:sonnet)\s+)?"
     r"(?:(?P<arabic>[0-9]{1,9})|(?P<roman>(?=\w)(?:C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})))"
     r"[.:]?\s*"
 )
 ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
-END = re.compile(r"\s*(\*\*\* ?END OF|End of (the )?Project Gutenberg|(THE END|FINIS)\W*$)")
+START = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG")
+END = re.compile(r"\s*((?i:\*\*\* ?END OF|End of (the )?Project Gutenberg).*|THE END\W*|FINIS\W*)")
+AUTHOR = re.compile(r"\s*by( [A-Z][\w.'-]*){1,4}\s*")  # the line below a title
 GIVEN_LINES = 3  # of a sonnet to be continued
 N_LINES = {99: 15, 126: 12}  # of Shakespeare's sonnets that have not 14
 
@@ -46,49 +48,104 @@ def poem_lines(text: str) -> list[str]:
 
 
 def read_sonnets(path: str | Path, limit: int | None = None) -> list[Sonnet]:
-    """Read poems that stand each under its number, alone on a line.
+    """Read poems that stand each under its number, alone on a line; what comes before is skipped.
 
-    What comes before the first number or after an END line is skipped. `limit` keeps only the first
-    so many. Prints a line for a poem whose number does not follow the one before, or whose length
-    is not the usual one. Raises UserError for an unusable file.
+    `limit` keeps only the first so many. Prints a line for a poem whose number or length is out of
+    line with the others', and for text that is left out. Raises UserError for an unusable file.
     """
-    poems: list[tuple[int, list[str]]] = []
-    where: list[str] = []  # each poem's, for messages
-    lines = read_lines(Path(path))
-    for i, line in enumerate(lines):
-        number = _number(line)
-        if number is not None and not (poems and line.strip() == "I"):
-            poems.append((number, []))
-            where.append(f"{path}, line {i + 1}: poem {number}")
-        elif poems and END.match(line) and not lines[i - 1].strip():
-            break
-        elif poems:
-            poems[-1][1].extend(poem_lines(line))
+    poems = _numbered_poems(path, read_lines(Path(path)))
     if not poems:
         raise UserError(f"{path} has no poem under a number, alone on a line")
-    empty = [str(number) for number, poem in poems if not poem]
+    empty = [str(poem.number) for poem in poems if not poem.lines]
     if empty:
         raise UserError(f"{path} has no line under the number {', '.join(empty)}")
-    usual = Counter(len(poem) for _, poem in poems).most_common(1)[0][0]
-    for place, (number, poem) in zip(where, poems, strict=True):
-        if len(poem) not in (usual, N_LINES.get(number)):
-            print(f"{place} has {len(poem)} lines, most have {usual}")
-    for place, ((before, _), (number, _)) in zip(where[1:], pairwise(poems), strict=True):
-        if number != before + 1:
-            print(f"{place} comes after poem {before}")
-    return [Sonnet(number, tuple(poem)) for number, poem in poems[:limit]]
+    _warn(path, poems)
+    return [Sonnet(poem.number, tuple(poem.lines)) for poem in poems[:limit]]
 
 
-def _number(line: str) -> int | None:
-    """The number that a line consists of, if it does."""
+@dataclass(frozen=True)
+class _Poem:
+    """A poem while it is read, and where in the file its number is."""
+
+    number: int
+    line_number: int
+    lines: list[str]
+
+
+def _mark(line: str) -> tuple[int, tuple[bool, bool]] | None:
+    """The number that a line consists of and its style: after "Sonnet" or not, Roman or not."""
     match = MARK.fullmatch(line)
     if not match:
         return None
+    style = (bool(match["word"]), bool(match["roman"]))
     if match["arabic"]:
-        return int(match["arabic"])
+        return int(match["arabic"]), style
     values = [ROMAN[letter] for letter in match["roman"]]
     following = [*values[1:], 0]
-    return sum(-v if v < after else v for v, after in zip(values, following, strict=True))
+    number = sum(-v if v < after else v for v, after in zip(values, following, strict=True))
+    return number, style
+
+
+def _starts(lines: list[str]) -> dict[int, int]:
+    """The numbers that start a poem, by their place: those of the style that most of them have.
+
+    Not among them are a year with a title and an author below it, and the verse "I".
+    """
+    marks = {i: mark for i, line in enumerate(lines) if (mark := _mark(line))}
+    styles = Counter(style for _, style in dict.fromkeys(marks.values())).most_common(1)
+    starts: dict[int, int] = {}
+    for i, (number, style) in marks.items():
+        below = [line for line in lines[i + 1 : i + 8] if line.strip()][:2]
+        is_year = number >= 1000 and any(map(AUTHOR.fullmatch, below))
+        is_verse = starts and lines[i].strip() == "I"
+        if style == styles[0][0] and not is_year and not is_verse:
+            starts[i] = number
+    return starts
+
+
+def _is_title(line: str) -> bool:
+    return line.isupper() and len(line.strip()) > 3  # not I or O!
+
+
+def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
+    """The poems of a file, without the heading and ending of Project Gutenberg.
+
+    In capitals below a blank line is the title of something else, up to a number that runs on.
+    """
+    begin = max((i + 1 for i, line in enumerate(lines) if START.match(line)), default=0)
+    lines = [""] * begin + lines[begin:]
+    starts = _starts(lines)
+    poems: list[_Poem] = []
+    is_open = False  # whether lines belong to the last poem
+    for i, line in enumerate(lines):
+        if i in starts and (is_open or not poems or starts[i] > poems[-1].number):
+            poems.append(_Poem(starts[i], i + 1, []))
+            is_open = True
+        elif is_open and poems[-1].lines and not lines[i - 1].strip() and END.fullmatch(line):
+            break
+        elif is_open and poems[-1].lines and not lines[i - 1].strip() and _is_title(line):
+            print(f"{path}, line {i + 1}: left out {line.strip()!r} and what follows it")
+            is_open = False
+        elif is_open:
+            poems[-1].lines.extend(poem_lines(line))
+    return poems
+
+
+def _warn(path: str | Path, poems: list[_Poem]) -> None:
+    """Print a line for each poem that differs in length from most, or whose number does not run on.
+
+    Where no length is that of most poems, or most numbers do not run on, there is none.
+    """
+    usual, n_usual = Counter(len(poem.lines) for poem in poems).most_common(1)[0]
+    numbers = [poem.number for poem in poems]
+    n_steps = sum(after - number == 1 for number, after in pairwise(numbers))
+    for i, poem in enumerate(poems):
+        where, n_lines = f"{path}, line {poem.line_number}: poem {poem.number}", len(poem.lines)
+        if n_usual > len(poems) / 2 and n_lines not in (usual, N_LINES.get(poem.number)):
+            print(f"{where} has {n_lines} lines, most have {usual}")
+        before, after = numbers[max(i - 1, 0) : i], numbers[i + 1 : i + 2]
+        if n_steps > len(poems) / 2 and [poem.number - 1] != before and [poem.number + 1] != after:
+            print(f"{where} is out of sequence beside {' and '.join(map(str, before + after))}")
 
 
 def split_sonnets(sonnets: list[Sonnet], seed: int) -> tuple[list[Sonnet], list[Sonnet]]:

@@ -1,9 +1,13 @@
 """Reports of a run to look at: an HTML file that opens anywhere without a network, and a PNG."""
 
+import contextlib
 import io
-import json
 import os
+import re
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,30 +17,56 @@ from markupsafe import Markup
 
 from data.sonnets import GIVEN_LINES, Sonnet
 from datasets import ANSWERS
+from finetune.metrics import sonnet_form
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, BEST, GREY, BLUE, BROWN = "#333333", "#c62828", "#7d8590", "#1c6dd0", "#b35900"
-TITLES = {"paraphrase": "Paraphrase detection", "sonnet": "Sonnet generation"}
+PAGE_COLORS = {  # in a page, which is light or dark
+    INK: "currentColor",
+    BEST: "var(--best)",
+    GREY: "var(--grey)",
+    BLUE: "var(--blue)",
+    BROWN: "var(--brown)",
+}
 CURVES = {  # name in the history -> label, color
     "train_loss": ("training loss", GREY),
     "val_loss": ("validation loss", BLUE),
     "dev_loss": ("dev loss", BROWN),
     "dev_accuracy": ("accuracy", BLUE),
     "dev_macro_f1": ("macro F1", BROWN),
-    "dev_chrf": ("chrF", BROWN),
+    "dev_chrf": ("dev chrF", BROWN),
 }
-PANELS = {  # task -> title of a panel -> its curves
-    "paraphrase": {
-        "loss, nats": ("train_loss", "dev_loss"),
-        "dev accuracy and macro F1": ("dev_accuracy", "dev_macro_f1"),
-    },
-    "sonnet": {
-        "loss, nats per token": ("train_loss", "val_loss", "dev_loss"),
-        "dev chrF": ("dev_chrf",),
-    },
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a report says of a task: the curves by panel, and the metric that decides."""
+
+    title: str
+    decisive: str
+    panels: dict[str, tuple[str, ...]]  # title -> names in the history
+
+
+TASKS = {
+    "paraphrase": Task(
+        title="Paraphrase detection",
+        decisive="dev_accuracy",
+        panels={
+            "loss, nats": ("train_loss", "dev_loss"),
+            "accuracy and macro F1": ("dev_accuracy", "dev_macro_f1"),
+        },
+    ),
+    "sonnet": Task(
+        title="Sonnet generation",
+        decisive="val_loss",
+        panels={
+            "loss, nats per token": ("train_loss", "val_loss", "dev_loss"),
+            "dev chrF": ("dev_chrf",),
+        },
+    ),
 }
 
 
@@ -46,13 +76,24 @@ def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str
     A row has id, first, second, label, predicted ("no" or "yes") and the answer's probability.
     """
     columns = ("first", "second", "label", "predicted", "probability", "id")
-    pairs = json.dumps([[row[column] for column in columns] for row in rows], ensure_ascii=False)
-    return _page(record, confusion_counts(rows), pairs=pairs)
+    pairs = [[row[column] for column in columns] for row in rows]
+    return _page(record, pairs=pairs, counts=confusion_counts(rows).tolist(), answers=ANSWERS)
 
 
 def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) -> str:
     """The page of a run with its dev poems, each beside Shakespeare's of the same number."""
-    return _page(record, poems=poems, n_given=GIVEN_LINES)
+    shown = [
+        {
+            "number": generated.number,
+            "given": generated.lines[:GIVEN_LINES],
+            "endings": [
+                (author, poem.lines[GIVEN_LINES:], sonnet_form([poem], sources=[]))
+                for author, poem in ((record["model"], generated), ("Shakespeare", gold))
+            ],
+        }
+        for generated, gold in poems
+    ]
+    return _page(record, poems=shown)
 
 
 def confusion_counts(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -66,8 +107,17 @@ def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
 
     `counts` [2,2] are a confusion matrix as `confusion_counts` gives it.
     """
-    figure = _draw(record, counts)
-    figure.suptitle(f"{record['name']}, seed {record['arguments']['seed']}", color=INK)
+    flags, titles = record["arguments"], _panel_titles(record)
+    figure = new_figure(figsize=(8, 3.6), dpi=100)
+    n = len(titles) + (counts is not None)
+    axes = [figure.add_subplot(1, n, i + 1) for i in range(n)]
+    for axis, title in zip(axes, titles, strict=False):
+        _draw_curves(axis, record, title)
+    if counts is not None:
+        _draw_confusion(axes[-1], counts)
+    title = f"{record['model']}, {_method(record)} of rank {record['adapter']['rank']}, "
+    title += f"learning rate {scientific(flags['lr'])}, seed {flags['seed']}"
+    figure.suptitle(title, fontsize=11, color=INK)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
@@ -76,15 +126,23 @@ def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
 def new_figure(**options: Any) -> "Figure":
     """A matplotlib figure without pyplot.
 
-    MPLBACKEND is hidden meanwhile: in a command started from a Jupyter cell it names a backend that
-    may not be installed, and matplotlib could not be imported.
+    matplotlib cannot be imported where MPLBACKEND names a backend that is not installed, as in a
+    command started from a Jupyter cell; so it is imported without, and then told.
     """
-    backend = os.environ.pop("MPLBACKEND", None)
+    if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
+        import matplotlib
+
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
     from matplotlib.figure import Figure
 
-    if backend:
-        os.environ["MPLBACKEND"] = backend
     return Figure(**options, layout="constrained")
+
+
+def scientific(value: float) -> str:
+    """A learning rate as people write it: 1e-4, 1.5e-4."""
+    return np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,42 +150,68 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     return [epoch for epoch in history if epoch["is_best"]][-1]
 
 
+def _panel_titles(record: dict[str, Any]) -> list[str]:
+    """The titles of the panels of curves; an imported adapter has none."""
+    was_trained = "train_loss" in best_epoch(record["history"])
+    return list(TASKS[record["task"]].panels) if was_trained else []
+
+
 def settings_in_words(record: dict[str, Any]) -> list[str]:
     """Sentences that say what was trained, how, on which files, and at what cost."""
-    method = {"lora": "LoRA", "reft": "ReFT"}[record["method"]]
-    adapter = f"{method} in {record['model']}: {_listed(record['adapter'])}."
-    if not _was_trained(record):
+    adapter = f"{_method(record)} of {_adapter_in_words(record['adapter'])} of {record['model']}."
+    if not _panel_titles(record):
         return [adapter, "It was imported, not trained here."]
-    flags = record["arguments"]
+    flags, n_epochs = record["arguments"], record["arguments"]["epochs"]
     data = Path(flags["para_train" if record["task"] == "paraphrase" else "sonnet_path"]).name
-    names = ("limit_train", "epochs", "batch_size", "lr", "lr_schedule", "warmup_ratio")
-    names = (*names, "weight_decay", "seed")
-    training = f"Trained on {data}: {_listed({name: flags[name] for name in names})}."
+    if flags["limit_train"]:
+        data = f"the first {flags['limit_train']:,} examples of {data}"
+    training = (
+        f"Trained on {data}: {n_epochs} epoch{'s' * (n_epochs > 1)}, "
+        f"batch size {flags['batch_size']}, "
+        f"learning rate {scientific(flags['lr'])} ({flags['lr_schedule']}, "
+        f"{flags['warmup_ratio']:.0%} warm-up), weight decay {flags['weight_decay']:g}, "
+        f"seed {flags['seed']}."
+    )
     if "train_seconds" not in record:
         return [adapter, training, "The training is unfinished; this is its best epoch so far."]
-    if len(record["history"]) < flags["epochs"]:
-        training += f" It stopped early, after epoch {len(record['history'])}."
-    cost = (
+    n_run, processes = len(record["history"]), record["processes"]
+    return [
+        adapter,
+        training + f" It stopped early, after epoch {n_run}." * (n_run < n_epochs),
         f"{record['trainable_parameters']:,} trainable parameters of "
-        f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on "
-        f"{record['device']}, {record['peak_memory_mb']:,.0f} MB at most."
+        f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on {record['device']}"
+        f"{f' in {processes} processes' if processes > 1 else ''}, "
+        f"{record['peak_memory_mb']:,.0f} MB at most.",
+    ]
+
+
+def _adapter_in_words(adapter: dict[str, Any]) -> str:
+    size = f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}"
+    blocks = "every block"
+    if adapter["layers"] is not None:
+        blocks = f"blocks {_listed(adapter['layers'])}"
+    if "targets" in adapter:
+        return f"{size} on {_listed(adapter['targets'])} in {blocks}"
+    positions = adapter["positions"]
+    where = "all positions" if positions == "all" else f"the prompt's positions {positions}"
+    return (
+        f"{size}, activation {adapter['activation']}, at {where} after "
+        f"{_listed(adapter['locations'])} in {blocks}"
     )
-    return [adapter, training, cost]
 
 
-def _listed(values: dict[str, Any]) -> str:
-    """Names and values, without those that are None."""
-    words = {name.replace("_", " "): v for name, v in values.items() if v is not None}
-    words |= {k: ", ".join(map(str, v)) for k, v in words.items() if isinstance(v, tuple | list)}
-    return "; ".join(f"{name} {value}" for name, value in words.items())
+def _listed(items: Sequence[Any]) -> str:
+    """a, b and c."""
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
-def _was_trained(record: dict[str, Any]) -> bool:
-    """False for an adapter that was imported to predict with, which has no curves."""
-    return "train_loss" in best_epoch(record["history"])
+def _method(record: dict[str, Any]) -> str:
+    kind = record["adapter"].get("type")
+    return f"ReFT ({kind})" if kind else "LoRA"
 
 
-def _page(record: dict[str, Any], counts: np.ndarray | None = None, **parts: Any) -> str:
+def _page(record: dict[str, Any], **parts: Any) -> str:
     """Fill the template of the record's task."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -136,71 +220,72 @@ def _page(record: dict[str, Any], counts: np.ndarray | None = None, **parts: Any
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    when = "imported"
-    if _was_trained(record):
-        best, n_epochs = best_epoch(record["history"]), record["arguments"]["epochs"]
-        when = f"at epoch {best['epoch']} of {n_epochs}"
-    figure = _draw(record, counts)
+    best, titles = best_epoch(record["history"]), _panel_titles(record)
+    when = f"at epoch {best['epoch']} of {record['arguments']['epochs']}" if titles else "imported"
     return environment.get_template(f"report_{record['task']}.html.jinja").render(
         run=record,
-        title=TITLES[record["task"]],
+        task=TASKS[record["task"]],
+        method=_method(record),
         settings=settings_in_words(record),
-        flags=record["arguments"] | record["predicted_with"] | record["versions"],
+        best=best,
         when=when,
-        chart=_svg(figure) if figure.axes else "",
-        counts=counts,
+        charts=[_inline_svg(record, title) for title in titles],
+        labels={name: label for name, (label, _) in CURVES.items()},
         **parts,
     )
 
 
-def _svg(figure: "Figure") -> Markup:
-    """A figure as an `<svg>` element, the same for the same figure."""
+def _inline_svg(record: dict[str, Any], title: str) -> Markup:
+    """A panel as an `<svg>` element in the page's own colors and font."""
+    figure = new_figure(figsize=(4.6, 3.2))
+    _draw_curves(figure.subplots(), record, title)
     from matplotlib import rc_context
 
     drawn = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({"svg.hashsalt": "report"}):
-        figure.savefig(drawn, format="svg", metadata=no_metadata)
-    _, tag, rest = drawn.getvalue().partition("<svg")
-    return Markup(f'{tag} role="img" aria-label="losses and scores by epoch"{rest}')
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=no_metadata)
+    svg = drawn.getvalue()
+    svg = re.sub(r' (xmlns(:\w+)?="[^"]*"|id="[\w.]+_\d+")', "", svg[svg.index("<svg") :])
+    names = ", ".join(CURVES[name][0] for name in TASKS[record["task"]].panels[title])
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{names} by epoch"', 1)
+    for color, page_color in PAGE_COLORS.items():
+        svg = svg.replace(color, page_color)
+    return Markup(svg)
 
 
-def _draw(record: dict[str, Any], counts: np.ndarray | None = None) -> "Figure":
-    """The panels of a run's curves, and of the confusion matrix if there is one."""
-    panels = PANELS[record["task"]] if _was_trained(record) else {}
-    figure = new_figure(figsize=(8, 3.6), dpi=100)
-    n = len(panels) + (counts is not None)
-    axes = [figure.add_subplot(1, n, i + 1) for i in range(n)]
-    for axis, (title, names) in zip(axes, panels.items(), strict=False):
-        _draw_curves(axis, record["history"], title, names)
-    if counts is not None:
-        _draw_confusion(axes[-1], counts)
-    return figure
-
-
-def _draw_curves(
-    axis: "Axes", history: list[dict[str, Any]], title: str, names: tuple[str, ...]
-) -> None:
+def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
+    history, task = record["history"], TASKS[record["task"]]
     epochs, best = [epoch["epoch"] for epoch in history], best_epoch(history)
-    for name in names:
+    for name in task.panels[title]:
         label, color = CURVES[name]
-        axis.plot(epochs, [epoch[name] for epoch in history], "o-", ms=4, color=color, label=label)
+        values = [epoch[name] for epoch in history]
+        axis.plot(epochs, values, "o-", ms=4, color=color, label=label)
     axis.axvline(best["epoch"], color=BEST, lw=1, ls=":", zorder=0)
+    time = f"epoch; {best['epoch']} is the best"
+    if task.decisive in task.panels[title]:
+        axis.plot(best["epoch"], best[task.decisive], "*", ms=13, color=BEST)
+        time += f", {best[task.decisive]:.4g}"
     axis.set_title(title, fontsize=10, color=INK)
-    axis.set_xlabel(f"epoch; {best['epoch']} is the best", fontsize=9, color=INK)
+    axis.set_xlabel(time, fontsize=9, color=INK)
     axis.set_xlim(0.6, epochs[-1] + 0.4)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axis.tick_params(labelsize=9)
+    axis.tick_params(labelsize=9, color=INK, labelcolor=INK)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.2)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # where no curve is
-    axis.legend(**below, ncols=3, fontsize=8, frameon=False)
+    axis.spines[["bottom", "left"]].set_color(INK)
+    axis.grid(alpha=0.2, color=INK)
+    axis.legend(
+        loc="upper center",  # below the axis, where no curve is
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+        labelcolor=INK,
+    )
 
 
 def _draw_confusion(axis: "Axes", counts: np.ndarray) -> None:
-    axis.pcolormesh([0, 1], [0, 1], counts, cmap="Blues", vmin=0, vmax=counts.max() * 1.4)
-    axis.invert_yaxis()
-    axis.set_aspect("equal")
+    axis.imshow(counts, cmap="Blues", vmin=0, vmax=counts.max() * 1.4)
     for label, predicted in np.ndindex(2, 2):
         n, share = counts[label, predicted], counts[label, predicted] / max(1, counts[label].sum())
         color = "white" if n > 0.7 * counts.max() else INK

@@ -30,11 +30,18 @@ SIZES = {  # name -> width, layers, heads
     "gpt2-xl": (1600, 48, 25),
     "gpt2-nano": (256, 4, 4),
 }
+# transformers takes these names for the same fields.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 def read_config(path: Path) -> GPT2Config:
     """Read a `config.json`; raises UserError for what this GPT-2 does not compute."""
-    given = read_json(path)
+    given = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     for field in fields(GPT2Config):
         value = given.get(field.name, field.default)
         if isinstance(field.default, int):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.config import first_line
+from models.config import first_line, read_json
 from modules.settings import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "Tokenizer":
     if not has_tokenizer(folder):
         missing = "merges.txt" if (folder / "vocab.json").exists() else "vocab.json"
         raise UserError(f"{folder} has no tokenizer: {missing} is missing")
+    about = folder / "tokenizer_config.json"
+    if about.exists() and "auto_map" in read_json(about):
+        raise UserError(f"{about} names code of its own (auto_map), which is never run")
     try:
         tokenizer = _read(folder)
     except Exception as error:  # tokenizers raises nothing more special
@@ -33,10 +36,7 @@ def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "Tokenizer":
     if vocab_size:
         tokenizer = _fit(tokenizer, folder, vocab_size)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer in {folder} has no end-of-text token: name it as eos_token in "
-            "tokenizer_config.json"
-        )
+        _name_end_of_text(tokenizer, folder)
     return tokenizer
 
 
@@ -63,7 +63,7 @@ def _read(folder: Path) -> "Tokenizer":
     from tokenizers.models import BPE
     from transformers import AutoTokenizer, GPT2Config
 
-    config = None if (folder / "config.json").exists() else GPT2Config()  # says which class
+    config = None if (folder / "config.json").exists() else GPT2Config()
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
         raise ValueError("it is no byte-level BPE")
@@ -106,3 +106,16 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
     if tokenizer.eos_token in fitting.get_vocab():
         fitting.eos_token = tokenizer.eos_token
     return fitting
+
+
+def _name_end_of_text(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Take `eos_token` from config.json, where the tokenizer's own files name none."""
+    config = folder / "config.json"
+    end = read_json(config).get("eos_token_id") if config.exists() else None
+    names = [name for name, token in tokenizer.get_vocab().items() if token == end]
+    if not names:
+        raise UserError(
+            f"the tokenizer in {folder} has no end-of-text token: name it as eos_token in "
+            "tokenizer_config.json"
+        )
+    tokenizer.eos_token = names[0]

@@ -61,21 +61,21 @@ PUBLIC = {  # format -> a file of three pairs, how its columns are taken
         '"0","1","2","What is ""it"", then?","B?","0"\n'
         '"1","3","4","first line\nsecond line?","D, or E?","1"\n'
         '"2","5","6","It costs 5"", doesn\'t it?","F?","1"\n',
-        "id, question1, question2, is_duplicate",
+        "id, question1, question2, is_duplicate (comma-separated)",
     ),
     "pandas' CSV with an index": (
         ",id,sentence1,sentence2,is_duplicate\n"
         '7,0,"What is ""it"", then?",B?,0.0\n'
         '8,1,"first line\nsecond line?","D, or E?",1.0\n'
         '9,2,"It costs 5"", doesn\'t it?",F?,1.0\n',
-        "id, sentence1, sentence2, is_duplicate",
+        "id, sentence1, sentence2, is_duplicate (comma-separated)",
     ),
     "GLUE's QQP as datasets writes it": (
         "question1,question2,label,idx\n"
         '"What is ""it"", then?",B?,0,0\n'
         '"first line\nsecond line?","D, or E?",1,1\n'
         '"It costs 5"", doesn\'t it?",F?,1,2\n',
-        "idx, question1, question2, label",
+        "idx, question1, question2, label (comma-separated)",
     ),
 }
 
@@ -102,7 +102,7 @@ def test_a_quote_is_a_character_in_glues_qqp(tmp_path):
     pairs = read_pairs(write(tmp_path, text), labelled=True)
     expected = [("0", '"What is ""it""?"', "B?", 0), ("2", 'Is it 5"?', '"What is it?', 1)]
     assert rows(pairs) == expected
-    assert "from id, question1, question2, is_duplicate;" in pairs.summary()
+    assert "is_duplicate (tab-separated, a quote being a character);" in pairs.summary()
     assert pairs.left_out == {"a wrong number of fields": [3]}
 
 
@@ -110,7 +110,7 @@ def test_kaggles_test_file_is_read(tmp_path):
     text = '"test_id","question1","question2"\n0,"A, or\nB?","C?"\n1,"","D?"\n'
     pairs = read_pairs(write(tmp_path, text), labelled=False)
     assert (pairs.ids, pairs.first) == (["0", "1"], ["A, or\nB?", ""])
-    assert "2 pairs from test_id, question1, question2; kept" in pairs.summary()
+    assert "2 pairs from test_id, question1, question2 (comma-separated); kept" in pairs.summary()
 
 
 def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
@@ -123,13 +123,15 @@ def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
         '5\tf\t"One?\tTwo?\n'  # line 7
         "6\ta\tOne?\tTwo?\n"
         "the rest of a question?\n"  # line 9
-        "7\t\tOne?\tTwo?\n"  # line 10
+        "of\tanother question\tTwo?\n"
+        "7\t\tOne?\tTwo?\n"  # line 11
+        '8\t"\tTwo?\n'
     )
     pairs = read_pairs(write(tmp_path, text), labelled=False)
     assert pairs.ids == ["a", "b", "c", "d", "e", "f", "a"]
     assert pairs.first == ["One?", "", "", "One?", "One?", '"One?', "One?"]
     assert pairs.second == ["Two?", "Two?", "", "", "Two?", "Two?", "Two?"]
-    assert pairs.left_out == {"a wrong number of fields": [9], "no id": [10]}
+    assert pairs.left_out == {"a wrong number of fields": [9, 10, 12], "no id": [11]}
     assert pairs.kept == {
         "an empty question": [3, 4, 5],
         "a wrong number of fields": [5, 6],
@@ -142,7 +144,7 @@ def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
 def test_equal_ids_are_reported_of_labelled_rows_too(tmp_path):
     pairs = read_pairs(write(tmp_path, HEADER + 2 * "a\tOne?\tTwo?\t1\n"), labelled=True)
     assert pairs.ids == ["a", "a"]
-    assert pairs.summary().endswith("is_duplicate; kept 1 with the id of an earlier row (line 3)")
+    assert pairs.summary().endswith("2 pairs; kept 1 with the id of an earlier row (line 3)")
 
 
 def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
@@ -166,7 +168,7 @@ def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
         "a label other than 0 and 1": [7],
     }
     summary = pairs.summary()
-    assert "is_duplicate; left out 2 with no label (line 3, 10);" in summary
+    assert "2 pairs; left out 2 with no label (line 3, 10);" in summary
     assert "left out 3 with a wrong number of fields (line 4, 5, 8)" in summary
 
 

@@ -78,12 +78,12 @@ def poem(n_lines=14, indent=""):
 
 
 GUTENBERG = (
-    "The Project Gutenberg eBook of Shakespeare's Sonnets\n\nRelease date: 1997\n\n"
+    "The Project Gutenberg eBook of Shakespeare's Sonnets\n\nRelease date: 1997\n\n2\n\n"
     "*** START OF THE PROJECT GUTENBERG EBOOK SHAKESPEARE'S SONNETS ***\n\n{}"
     "\n\n*** END OF THE PROJECT GUTENBERG EBOOK SHAKESPEARE'S SONNETS ***\n\n3\n\nLicence\n"
 )
 COMPLETE_WORKS = (
-    "THE SONNETS\n\n"
+    "<<THIS ELECTRONIC VERSION IS COPYRIGHT>>\n\n\n1609\n\nTHE SONNETS\n\n"
     "by William Shakespeare\n\n\n\n{}"
     "\n\nTHE END\n\n\n\n1610\n\nALLS WELL THAT ENDS WELL\n\nby William Shakespeare\n\nACT I\n"
 )
@@ -113,15 +113,30 @@ def test_the_verse_i_starts_no_poem(tmp_path, numbers):
     assert [poem.lines for poem in poems] == 3 * [("I", "The end of all", "I")]
 
 
+def test_another_work_is_left_out_with_a_line_up_to_a_number_that_runs_on(tmp_path, capsys):
+    parts = [
+        f"126\n{poem()}",
+        "THE DARK LADY\n\n1\nNote\n",
+        f"127\n{poem()}",
+        "A COMPLAINT\n\nOne\n",
+    ]
+    path = sonnet_file(tmp_path, "\n".join(parts))
+    poems = read_sonnets(path)
+    assert [(poem.number, len(poem.lines)) for poem in poems] == [(126, 14), (127, 14)]
+    assert capsys.readouterr().out == (
+        f"{path}, line 17: left out 'THE DARK LADY' and what follows it\n"
+        f"{path}, line 38: left out 'A COMPLAINT' and what follows it\n"
+    )
+
+
 def test_a_poem_out_of_line_with_the_others_is_named(tmp_path, capsys):
     lengths = {97: 14, 98: 13, 99: 15, 200: 14, 101: 14, 102: 14, 103: 14, 104: 14, 126: 12}
     path = sonnet_file(tmp_path, "".join(f"{n}\n{poem(k)}" for n, k in lengths.items()))
     assert len(read_sonnets(path)) == 9
     assert capsys.readouterr().out == (
         f"{path}, line 16: poem 98 has 13 lines, most have 14\n"
-        f"{path}, line 46: poem 200 comes after poem 99\n"
-        f"{path}, line 61: poem 101 comes after poem 200\n"
-        f"{path}, line 121: poem 126 comes after poem 104\n"
+        f"{path}, line 46: poem 200 is out of sequence beside 99 and 101\n"
+        f"{path}, line 121: poem 126 is out of sequence beside 104\n"
     )
 
 

@@ -276,8 +276,11 @@ def test_unused_ids_are_the_rows_that_no_text_ends_up_in(folder):
     assert unused_ids(load_tokenizer(folder, 8194), 8194) == []
 
 
-def test_a_tokenizer_must_name_its_end_of_text(folder):
+def test_the_end_of_text_is_the_tokenizers_or_that_of_config_json(folder):
     save(folder, eos_token=None)
+    edit_json(folder / "config.json", eos_token_id=77)
+    assert load_tokenizer(folder).eos_token_id == 77
+    edit_json(folder / "config.json", eos_token_id=9000)
     with pytest.raises(UserError, match="has no end-of-text token: name it as eos_token"):
         load_tokenizer(folder)
 
@@ -321,11 +324,11 @@ REFUSED = {
         "no byte-level BPE that keeps the ends of",
     ),
     "wordpiece": (wordpiece, "the tokenizer in .* cannot be used"),
-    "own code": (own_code, "the tokenizer in .* cannot be used"),
+    "own code": (own_code, "names code of its own .*, which is never run"),
     "damaged": (lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"'), "cannot be used"),
     "damaged configuration": (
         lambda d: (d / "tokenizer_config.json").write_text("["),
-        "the tokenizer in .* cannot be used",
+        "tokenizer_config.json is not JSON",
     ),
     "more tokens than embeddings": (
         lambda d: edit_json(d / "vocab.json", more=8192),
