@@ -6,18 +6,20 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file, save_model
 
-from models.config import SIZES
+from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
 from models.pretrained import (
     BUNDLED,
     find_checkpoint,
     fingerprint,
+    load_config,
     load_tokenizer,
     save_gpt2,
 )
@@ -78,6 +80,18 @@ def test_a_task_head_is_left_out_and_named(hf_model, tmp_path, expected, capsys,
     assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path}: left out the task head, {TASK_HEADS[architecture]}")
+
+
+def test_other_names_of_the_configuration_are_those_of_transformers(hf_folder, tmp_path):
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    names = {f.name for f in fields(GPT2Config)}
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for alias, name in transformers.GPT2Config.attribute_map.items():
+        if name in names:
+            stored[alias] = stored.pop(name)
+    assert len(set(stored) & names) < len(names)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert load_config(tmp_path) == load_config(hf_folder)
 
 
 def test_the_output_embedding_may_stand_for_the_tied_one(hf_model, tmp_path, expected):
