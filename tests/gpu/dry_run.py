@@ -48,6 +48,7 @@ class Case:
 
     @property
     def name(self) -> str:
+        """Task, adapter, precision, and what differs from the scripts' defaults."""
         default = Case()
         return " ".join(
             str(value) if isinstance(value, str) else f"{key}={value}"
@@ -110,14 +111,17 @@ def make_gpt(adapter: str, size: tuple[int, int, int], positions: str = "all") -
 def train(
     model: nn.Module, loss: Callable[..., Tensor], batch: dict[str, Tensor], case: Case
 ) -> dict:
-    """The kernels of the second of two steps, which all later ones are like, and faults of both."""
+    """The faults of a step; at gpt2's size of two, and the kernels of the second.
+
+    All later ones are like the second: the first makes the optimizer's state.
+    """
     faults = set()
     optimizer = torch.optim.AdamW(
         trainable(model), lr=1e-4, eps=1e-6, fused=True, capturable=case.capturable
     )
     runtime, config = Runtime(CUDA, PRECISIONS[case.precision]), FitConfig(grad_clip=case.grad_clip)
     trainer = Trainer(model.train(), loss, optimizer, config, 10, runtime)
-    for _ in range(2):
+    for _ in range(2 if case.size == GPT2 else 1):
         with Kernels() as kernels:
             trainer.backward(batch)
             for grad in (parameter.grad for parameter in trainer.trainable):
@@ -168,8 +172,9 @@ def peft_pair_loss(peer: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     gpt, mask = peer.base_model.model, batch["attention_mask"]
     h = gpt.transformer(batch["input_ids"], attention_mask=mask).last_hidden_state
     rows = torch.arange(len(h), device=h.device)
-    logits = gpt.lm_head(h[rows, mask.sum(1) - 1])[:, ANSWERS[0] : ANSWERS[1] + 1]
-    return F.cross_entropy(logits.float(), batch["labels"])
+    logits = gpt.lm_head(h[rows, mask.sum(1) - 1])
+    answers = torch.stack([logits[:, answer] for answer in ANSWERS], 1)
+    return F.cross_entropy(answers.float(), batch["labels"])
 
 
 def peft_sonnet_loss(peer: nn.Module, batch: dict[str, Tensor]) -> Tensor:

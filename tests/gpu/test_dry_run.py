@@ -14,7 +14,7 @@ from tests.gpu.dry_run import CASES, PEERS, STEPS, TOKENS
 from tests.gpu.fake_cuda import build_stub
 
 LAUNCHES = {  # of a step or a token at gpt2's size under bfloat16; they may only fall
-    "pairs, LoRA": 865,  # 12 rows; transformers + PEFT 1,791
+    "pairs, LoRA": 865,  # 12 rows; transformers + PEFT 1,794
     "pairs, ReFT adapter": 615,
     "pairs, LoReFT": 666,
     "sonnets, LoRA": 865,  # 4 rows; transformers + PEFT 1,788
