@@ -89,5 +89,7 @@ def top_p_sample(
         left = [i for i, (_, outside) in enumerate(drawn) if outside]
         for row, (token, _) in zip(rows, drawn, strict=True):
             tokens[row] = token
+        if not left:
+            return tokens
         rows, p = [rows[i] for i in left], likelier[left]
     return tokens
