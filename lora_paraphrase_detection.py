@@ -11,7 +11,7 @@ import torch
 
 import datasets
 from data.pairs import read_pairs
-from finetune import arguments, ending, loop, metrics, outputs, peft_format, report, runtime
+from finetune import arguments, ending, loop, metrics, outputs, peft_format, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.run import Run
 from models.gpt2 import GPT2Model
@@ -41,8 +41,7 @@ def get_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
-    name = args.model_path or args.model_size
-    base = find_checkpoint(name)
+    base = find_checkpoint(name := args.model_path or args.model_size)
     run = Run.open(vars(args), task="paraphrase", adapter=lora, base=base, runtime=machine)
 
     # Load
@@ -78,12 +77,9 @@ def main(args: argparse.Namespace) -> None:
         record = run.record(lora, best, fitted, final)
         pairs = read_pairs(args.para_dev, labelled=True, limit=args.limit_dev)
         rows = metrics.pair_table(score.logits, dev, pairs)
-        contents = {
-            "para_dev_out": outputs.format_predictions(dev.ids, score.logits),
-            "para_test_out": outputs.format_predictions(test.ids, test_logits),
-            "report": report.paraphrase_report(record, rows),
-            "picture": report.picture(record, report.confusion_counts(rows)),
-        }
+        contents = outputs.paraphrase_files(
+            record, rows, dev=(dev.ids, score.logits), test=(test.ids, test_logits)
+        )
         files = run.write(record, contents)
         files |= peft_format.write_exports(
             gpt, lora, name, tokenizer, args.export_peft, args.export_merged

@@ -6,12 +6,11 @@ python lora_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --nu
 """
 
 import argparse
-from itertools import chain
 
 import torch
 
 import datasets
-from finetune import arguments, ending, loop, metrics, outputs, peft_format, report, runtime
+from finetune import arguments, ending, loop, metrics, outputs, peft_format, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.generation import SonnetGenerator
 from finetune.run import Run
@@ -37,8 +36,7 @@ def get_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
-    name = args.model_path or args.model_size
-    base = find_checkpoint(name)
+    base = find_checkpoint(name := args.model_path or args.model_size)
     run = Run.open(vars(args), task="sonnet", adapter=lora, base=base, runtime=machine)
 
     # Load
@@ -78,14 +76,7 @@ def main(args: argparse.Namespace) -> None:
     # Write
     if machine.is_main:
         record = run.record(lora, best, fitted, final)
-        poems = list(zip(score.poems, sonnets.gold, strict=True))
-        contents = {
-            "sonnet_out": outputs.format_sonnets(samples[0]),
-            "report": report.sonnet_report(record, poems),
-            "picture": report.picture(record),
-        }
-        if args.num_samples > 1:
-            contents["samples"] = outputs.format_sonnets(chain(*zip(*samples, strict=True)))
+        contents = outputs.sonnet_files(record, samples, dev=score.poems, gold=sonnets.gold)
         files = run.write(record, contents)
         files |= peft_format.write_exports(
             gpt, lora, name, tokenizer, args.export_peft, args.export_merged

@@ -11,7 +11,7 @@ import torch
 
 import datasets
 from data.pairs import read_pairs
-from finetune import arguments, ending, loop, metrics, outputs, report, runtime
+from finetune import arguments, ending, loop, metrics, outputs, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.run import Run
 from models.gpt2 import GPT2Model
@@ -77,12 +77,9 @@ def main(args: argparse.Namespace) -> None:
         record = run.record(reft, best, fitted, final)
         pairs = read_pairs(args.para_dev, labelled=True, limit=args.limit_dev)
         rows = metrics.pair_table(score.logits, dev, pairs)
-        contents = {
-            "para_dev_out": outputs.format_predictions(dev.ids, score.logits),
-            "para_test_out": outputs.format_predictions(test.ids, test_logits),
-            "report": report.paraphrase_report(record, rows),
-            "picture": report.picture(record, report.confusion_counts(rows)),
-        }
+        contents = outputs.paraphrase_files(
+            record, rows, dev=(dev.ids, score.logits), test=(test.ids, test_logits)
+        )
         files = run.write(record, contents)
         run.finish()
         print(outputs.format_table(record, files))

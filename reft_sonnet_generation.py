@@ -6,12 +6,11 @@ python reft_sonnet_generation.py --use_gpu --predict_only --temperature 0.9 --nu
 """
 
 import argparse
-from itertools import chain
 
 import torch
 
 import datasets
-from finetune import arguments, ending, loop, metrics, outputs, report, runtime
+from finetune import arguments, ending, loop, metrics, outputs, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.generation import SonnetGenerator
 from finetune.run import Run
@@ -77,14 +76,7 @@ def main(args: argparse.Namespace) -> None:
     # Write
     if machine.is_main:
         record = run.record(reft, best, fitted, final)
-        poems = list(zip(score.poems, sonnets.gold, strict=True))
-        contents = {
-            "sonnet_out": outputs.format_sonnets(samples[0]),
-            "report": report.sonnet_report(record, poems),
-            "picture": report.picture(record),
-        }
-        if args.num_samples > 1:
-            contents["samples"] = outputs.format_sonnets(chain(*zip(*samples, strict=True)))
+        contents = outputs.sonnet_files(record, samples, dev=score.poems, gold=sonnets.gold)
         files = run.write(record, contents)
         run.finish()
         print(outputs.format_table(record, files))

@@ -1,12 +1,14 @@
 """What a run tells people: predictions in the course's formats, the final table, logs."""
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from data.sonnets import Sonnet
+from finetune import report
 
 UNITS = {  # key of a run's record -> how its value is shown
     "trainable_parameters": "{:,}",
@@ -15,6 +17,44 @@ UNITS = {  # key of a run's record -> how its value is shown
     "tokens_per_second": "{:,.0f} per second",
     "peak_memory_mb": "{:,.0f} MB",
 }
+
+
+def paraphrase_files(
+    record: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    dev: tuple[list[str], Tensor],
+    test: tuple[list[str], Tensor],
+) -> dict[str, str | bytes]:
+    """What `Run.write` takes: predictions of dev and test pairs, each ids and logits [N,2], and the
+    report with the `rows` of `metrics.pair_table`.
+    """
+    return {
+        "para_dev_out": format_predictions(*dev),
+        "para_test_out": format_predictions(*test),
+        "report": report.paraphrase_report(record, rows),
+        "picture": report.picture(record, report.confusion_counts(rows)),
+    }
+
+
+def sonnet_files(
+    record: dict[str, Any],
+    samples: list[list[Sonnet]],
+    *,
+    dev: list[Sonnet],
+    gold: list[Sonnet],
+) -> dict[str, str | bytes]:
+    """What `Run.write` takes: the first sample of each held-out sonnet, if there are more all of
+    them too, and the report with the dev poems beside Shakespeare's.
+    """
+    files = {
+        "sonnet_out": format_sonnets(samples[0]),
+        "report": report.sonnet_report(record, list(zip(dev, gold, strict=True))),
+        "picture": report.picture(record),
+    }
+    if len(samples) > 1:
+        files["samples"] = format_sonnets(chain(*zip(*samples, strict=True)))
+    return files
 
 
 def format_predictions(ids: Iterable[str], logits: Tensor) -> str:
