@@ -58,7 +58,7 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
         return Path(name)
     raise UserError(
         f"{name} is neither a folder nor one of the models {', '.join(SIZES)}; for another model "
-        "of the hub, run `hf download MODEL --local-dir FOLDER` and write --model_path FOLDER"
+        "of the hub, run `hf download MODEL --local-dir FOLDER` and give FOLDER (--model_path)"
     )
 
 
@@ -85,8 +85,8 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # a proxy or an address that cannot be used raises any of them
         raise UserError(
             f"{name} is not in the Hugging Face cache and could not be fetched from the hub "
-            f"({type(error).__name__}: {first_line(error)}): pass --model_path FOLDER with a GPT-2 "
-            "checkpoint, or --model_size gpt2-nano for the bundled model"
+            f"({type(error).__name__}: {first_line(error)}): give the folder of a GPT-2 "
+            "checkpoint (--model_path), or gpt2-nano, the bundled model (--model_size)"
         ) from error
 
 

@@ -210,7 +210,7 @@ def test_a_model_in_the_hugging_face_cache_needs_no_network(
     done = run_offline(code, **unusable)
     assert done.stdout == "32\n", done.stderr
     (snapshot / name).unlink()
-    assert "pass --model_path" in run_offline(code, **unusable).stderr
+    assert "give the folder of a GPT-2" in run_offline(code, **unusable).stderr
 
 
 def test_gpt2_from_the_hub_equals_transformers():
@@ -257,7 +257,7 @@ def test_a_hub_out_of_reach_is_reported_within_seconds(tmp_path, kind):
     done = run_offline(code, HF_HOME=str(tmp_path), **UNREACHABLE[kind])
     (line,) = done.stdout.splitlines()
     assert line.startswith("gpt2 is not in the Hugging Face cache and could not be fetched")
-    assert "pass --model_path FOLDER" in line
+    assert "give the folder of a GPT-2 checkpoint (--model_path)" in line
     assert time.monotonic() - started < 60  # the hub's own retries alone take 24 s a file
 
 
