@@ -20,12 +20,12 @@ from data.sonnets import GIVEN_LINES, Sonnet
 from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
-from finetune.run import RECORD, adapter_path, find_run, finished_runs, is_finished
+from finetune.run import adapter_path, find_run, finished_runs, is_finished, read_record
 from finetune.runtime import Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
-from models.pretrained import find_checkpoint, fingerprint, read_json
+from models.pretrained import find_checkpoint, fingerprint
 from models.sonnet_gpt import SonnetGPT
 from models.tokenizer import load_tokenizer, unused_ids
 from modules.kernels import accelerate
@@ -114,7 +114,7 @@ def load(
     checkpoint has changed.
     """
     folder = _find_finished(run, Path(runs_dir or arguments.in_project("runs")))
-    record = read_json(folder / RECORD)
+    record = read_record(folder)
     flags = record["arguments"]
     machine = runtime.start(use_gpu, flags["precision"], False, flags["seed"])
     base = find_checkpoint(flags["model_path"] or flags["model_size"])

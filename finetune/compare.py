@@ -16,7 +16,6 @@ from typing import Any
 from finetune import identity, report, run
 from finetune.arguments import HelpFormatter, in_project
 from finetune.files import write_files
-from models.config import read_json
 from modules.settings import UserError
 
 SCORES = {  # task -> column -> its name in a record's final metrics; the first one decides
@@ -39,7 +38,7 @@ def main() -> None:
     args = get_args()
     folders = [run.find_run(name, args.runs_dir) for name in args.runs]
     folders = list(dict.fromkeys(folders)) or run.run_folders(args.runs_dir)
-    records = [read_json(folder / run.RECORD) for folder in folders if run.is_finished(folder)]
+    records = [run.read_record(folder) for folder in folders if run.is_finished(folder)]
     if not records:
         raise UserError(
             f"no finished run in {args.runs_dir}: train one, for example by "

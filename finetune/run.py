@@ -184,6 +184,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / RECORD).exists() and not (folder / STATE).exists()
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished run; raises UserError for one that lacks what runs write."""
+    record = read_json(folder / RECORD)
+    needed = {"name", "method", "task", "model", "base", "recipe", "arguments", "adapter", "final"}
+    needed |= {"trainable_parameters", "train_seconds", "peak_memory_mb", "predicted_with"}
+    if missing := sorted(needed - record.keys()):
+        raise UserError(
+            f"{folder / RECORD} has no {', '.join(missing)}: it was damaged, or written by another "
+            "version, and its run can be trained anew with --overwrite"
+        )
+    return record
+
+
 def find_run(run: str | Path, runs_dir: Path) -> Path:
     """The folder `run`, or the one in `runs_dir` whose name is `run` or alone begins with it.
 

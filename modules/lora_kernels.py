@@ -162,9 +162,13 @@ def cast_adapters_at_once(model: nn.Module) -> None:
 
     The copies are dropped when it ends: none can be of weights that have changed since.
     """
+    for gpt in model.modules():
+        if any(isinstance(child, nn.ModuleList) for child in gpt.children()):  # its layers
+            _cast_in_each_forward(gpt, [m for m in gpt.modules() if isinstance(m, LoRALinear)])
 
+
+def _cast_in_each_forward(gpt: nn.Module, layers: list[nn.Module]) -> None:
     def before(gpt: nn.Module, args: Any) -> None:
-        layers = [module for module in gpt.modules() if isinstance(module, FastLoRALinear)]
         dtype = autocast_dtype(layers[0].weight.device)
         if dtype is not None:
             matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
@@ -173,11 +177,8 @@ def cast_adapters_at_once(model: nn.Module) -> None:
                 layer.cast = A, B
 
     def after(gpt: nn.Module, args: Any, output: Any) -> None:
-        for module in gpt.modules():
-            if isinstance(module, FastLoRALinear):
-                module.cast = None
+        for layer in layers:
+            layer.cast = None
 
-    for module in model.modules():
-        if any(isinstance(child, nn.ModuleList) for child in module.children()):  # its layers
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after, always_call=True)
+    gpt.register_forward_pre_hook(before)
+    gpt.register_forward_hook(after, always_call=True)

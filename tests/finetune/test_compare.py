@@ -32,7 +32,7 @@ def add_run(
     record = {"name": name, "method": method, "task": task, "model": "gpt2"}
     record |= {"arguments": arguments | flags, "adapter": adapter, "final": final}
     others = {k: v for k, v in flags.items() if k not in ("seed", "para_dev_out")}
-    record["recipe"] = repr((method, task, others))
+    record |= {"recipe": repr((method, task, others)), "base": "0", "predicted_with": {}}
     record |= {"trainable_parameters": 1327104, "train_seconds": 60.0, "peak_memory_mb": 400.0}
     (runs_dir / name).mkdir(parents=True)
     (runs_dir / name / RECORD).write_text(json.dumps(record))

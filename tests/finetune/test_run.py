@@ -10,7 +10,7 @@ import torch
 
 from finetune import arguments
 from finetune.ending import Finished
-from finetune.run import Run, adapter_path, finished_runs
+from finetune.run import Run, adapter_path, finished_runs, read_record
 from finetune.runtime import Runtime
 from models.pretrained import BUNDLED
 from modules.lora import LoRAConfig
@@ -127,3 +127,9 @@ def test_a_folder_in_place_of_an_output_is_refused_before_the_run(tmp_path):
     args = parsed("--runs_dir", tmp_path, "--para_test_out", tmp_path)
     with pytest.raises(OSError, match="is a folder, a file is to be written there"):
         Run.open(vars(args), task="paraphrase", adapter=LoRAConfig(), base=BUNDLED, runtime=CPU)
+
+
+def test_a_record_without_what_runs_write_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "a", "final": {}}')
+    with pytest.raises(UserError, match="run.json has no adapter, arguments, base, .*: it was dam"):
+        read_record(tmp_path)
