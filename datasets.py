@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.pairs import Pairs, read_pairs
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
 TILE = 16  # tokens; matmuls have few different shapes, for each of which oneDNN keeps code
+MOST_GRAPH_TOKENS = 4096  # in a batch; the kernels of larger ones keep a GPU busy
 
 
 @dataclass
@@ -210,14 +212,35 @@ def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def token_index(mask: np.ndarray) -> np.ndarray:
+def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
     """int64 [N], where the tokens are in the flattened mask [B,T], padded on the right.
 
-    Some padding positions follow to make N a multiple of TILE, which no result depends on.
+    Some padding positions follow to make N a multiple of `tile`, which no result depends on.
     """
     is_token = mask.ravel()
     tokens, padding = is_token.nonzero()[0], (~is_token).nonzero()[0]
-    return np.concatenate([tokens, padding[: -len(tokens) % TILE]])
+    return np.concatenate([tokens, padding[: -len(tokens) % tile]])
+
+
+def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, Tensor] | None:
+    """A batch of pairs with more padding, so that its shapes come again and again.
+
+    None for a batch that needs no CUDA graph to keep a GPU busy, for one that would be longer than
+    the model's positions, and for poems, whose targets are of ever new lengths.
+    """
+    mask = batch["attention_mask"]
+    B, T = mask.shape
+    columns = (0, -T % 32)  # to add on the left and on the right
+    is_large = len(batch["token_index"]) > MOST_GRAPH_TOKENS
+    if is_large or "targets" in batch or T + columns[1] > n_positions:
+        return None
+    mask = F.pad(mask, columns)
+    index = token_index(mask.bool().numpy(), tile=max(64, B))
+    return batch | {
+        "input_ids": F.pad(batch["input_ids"], columns),
+        "attention_mask": mask,
+        "token_index": torch.from_numpy(index),
+    }
 
 
 @dataclass(frozen=True)

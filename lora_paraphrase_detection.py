@@ -39,7 +39,7 @@ def get_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
+    machine = runtime.start(arguments.config(runtime.RuntimeConfig, args), args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
     base = find_checkpoint(name := args.model_path or args.model_size)
     run = Run.open(vars(args), task="paraphrase", adapter=lora, base=base, runtime=machine)
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     lora = peft_format.start_lora(gpt, lora, args.import_peft)
     gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
-    machine.prepare(model, args.compile)
+    machine.prepare(model)
     score = metrics.ParaphraseScorer(model, dev, machine)
 
     # Fit

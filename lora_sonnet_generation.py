@@ -34,7 +34,7 @@ def get_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    machine = runtime.start(args.use_gpu, args.precision, args.deterministic, args.seed)
+    machine = runtime.start(arguments.config(runtime.RuntimeConfig, args), args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
     base = find_checkpoint(name := args.model_path or args.model_size)
     run = Run.open(vars(args), task="sonnet", adapter=lora, base=base, runtime=machine)
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     gpt.gradient_checkpointing = args.gradient_checkpointing
     gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
     model = SonnetGPT(gpt)
-    machine.prepare(model, args.compile)
+    machine.prepare(model)
     sampling = arguments.config(SamplingConfig, args)
     generator = SonnetGenerator(gpt, tokenizer, sampling, args.seed, machine)
     score = metrics.SonnetScorer(model, generator, sonnets)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 from finetune.early_stopping import EarlyStoppingConfig
 from finetune.identity import INPUTS, OUTPUTS
 from finetune.loop import FitConfig
-from finetune.runtime import PRECISIONS
+from finetune.runtime import RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.config import SIZES
 from modules.settings import UserError, check_setting, setting
@@ -201,7 +201,7 @@ def in_project(path: str) -> Path:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Model, device, precision, how much to do, and where the run's folder is."""
+    """Model, how much to do, where the run's folder is, and how to compute."""
     group = parser.add_argument_group("run")
 
     def switch(name: str, help: str) -> None:
@@ -211,12 +211,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
     help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
     group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
-    switch("--use_gpu", "CUDA, else Apple's MPS")
-    help = "auto is bf16, or fp16 on GPUs without bf16, or fp32 on a CPU or MPS [auto]"
-    precisions = ["auto", *PRECISIONS]
-    group.add_argument("--precision", choices=precisions, default="auto", help=help)
-    switch("--compile", "torch.compile the model: takes a minute or two to start")
-    switch("--gradient_checkpointing", "recompute blocks in the backward: less memory, more time")
     help = "where each run has its folder [%(default)s]"
     default = in_project("runs")
     group.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
@@ -224,8 +218,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     switch("--overwrite", "train this run anew, finished or not")
     switch("--predict_only", "no training: predict with the adapter that the same command trained")
     switch("--tensorboard", "write TensorBoard logs to the run's folder")
-    switch("--deterministic", "on one CUDA GPU, the same bits in every run: slower, untested")
     switch("--debug", "show where in the code an error came from, too")
+    add_settings(parser, "machine", RuntimeConfig)
     add_settings(parser, "amounts", Amounts)
 
 

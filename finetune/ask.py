@@ -21,7 +21,7 @@ from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
 from finetune.run import adapter_path, find_run, finished_runs, is_finished, read_record
-from finetune.runtime import Runtime
+from finetune.runtime import Runtime, RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
@@ -116,7 +116,8 @@ def load(
     folder = _find_finished(run, Path(runs_dir or arguments.in_project("runs")))
     record = read_record(folder)
     flags = record["arguments"]
-    machine = runtime.start(use_gpu, flags["precision"], False, flags["seed"])
+    config = RuntimeConfig(use_gpu=use_gpu, precision=flags["precision"])
+    machine = runtime.start(config, flags["seed"])
     base = find_checkpoint(flags["model_path"] or flags["model_size"])
     if fingerprint(base) != record["base"]:
         raise UserError(f"{base} is no longer the checkpoint that {folder.name} was trained on")

@@ -11,16 +11,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.sonnets import Sonnet, poem_lines
 from datasets import tokenize_prompts
+from finetune.decoder import Decoder, GPUDecoder
 from finetune.runtime import Runtime
 from finetune.sampling import (
     SamplingConfig,
     ban_repeated_ngrams,
     penalize_repetition,
     top_p_sample,
+    top_p_sample_at,
 )
 from models.gpt2 import GPT2Model
 from modules.kernels import prepacked
-from modules.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,37 +52,47 @@ class Sequence:
         self.text, self.longest, self.counter = list(prompt), longest, counter
         self.generator = np.random.default_rng(seed)
         self.complete_lines = counter.n_complete(prompt)
+        self.is_finished = False
 
     @property
     def n_lines(self) -> int:
         """Lines so far, including one that is not complete."""
         return self.complete_lines + (self.text[-1] not in self.counter.ends)
 
-    def add(self, token: int) -> None:
-        """Append the next token."""
+    def add(self, token: int, end_of_text: int, max_lines: int) -> None:
+        """Append the next token. End of text, the last line or the longest length finish it."""
         self.text.append(token)
         if token in self.counter.ends:
             self.complete_lines = self.counter.n_complete(self.text)
-
-    def is_finished(self, end_of_text: int, max_lines: int) -> bool:
-        """True at the end of text, at the last line, and at the longest length."""
-        at_end = self.text[-1] == end_of_text or len(self.text) >= self.longest
-        return at_end or self.complete_lines >= max_lines
+        at_end = token == end_of_text or len(self.text) >= self.longest
+        self.is_finished = at_end or self.complete_lines >= max_lines
 
 
 def choose_tokens(
-    logits: Tensor, sequences: list[Sequence], end_of_text: int, config: SamplingConfig
-) -> list[int]:
-    """The next token of each sequence, from logits [B,V], which change."""
+    logits: Tensor,
+    sequences: list[Sequence],
+    end_of_text: int,
+    config: SamplingConfig,
+    u: Tensor | None = None,
+) -> Tensor:
+    """The next token of each sequence, int64 [B], from logits [B,V], which change.
+
+    They are drawn by the numbers u [B,1], or else by the sequences' generators.
+    """
     texts = [sequence.text for sequence in sequences]
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, texts, config.repetition_penalty)
     if config.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, texts, config.no_repeat_ngram_size)
-    if too_short := [i for i, s in enumerate(sequences) if s.n_lines < config.min_lines]:
-        logits[too_short, end_of_text] = -torch.inf
+    growing = [i for i, sequence in enumerate(sequences) if not sequence.is_finished]
+    too_short = [i for i in growing if sequences[i].n_lines < config.min_lines]
+    if too_short:
+        all_are = len(too_short) == len(growing)  # so no index is brought to the device
+        logits[slice(None) if all_are else too_short, end_of_text] = -torch.inf
     if config.greedy:
-        return logits.argmax(1).tolist()
+        return logits.argmax(1)
+    if u is not None:
+        return top_p_sample_at(logits, config.temperature, config.top_p, u)
     generators = [sequence.generator for sequence in sequences]
     return top_p_sample(logits, config.temperature, config.top_p, generators)
 
@@ -94,32 +105,41 @@ def generate(
     config: SamplingConfig,
     runtime: Runtime,
 ) -> list[list[int]]:
-    """Let all sequences grow in one batch; returns their texts, without end of text.
-
-    A sequence that is finished leaves the batch.
-    """
+    """Let all sequences grow in one batch; returns their texts, without end of text."""
     if not sequences:  # of a rank that has none
         return []
-    active, device = sequences, runtime.device
-    input_ids = pad_sequence([torch.tensor(s.text, device=device) for s in active], True)
-    prompt_lengths = torch.tensor([len(s.text) for s in active], device=device)
-    mask = (torch.arange(input_ids.shape[1], device=device) < prompt_lengths[:, None]).long()
-    cache = KVCache(gpt.config.n_layer, len(active), max(s.longest for s in active), device)
-    with prepacked(gpt, len(active), runtime.autocast_dtype or torch.float32):
-        while active:
-            with runtime.autocast():
-                h = gpt(input_ids, mask, cache=cache, prompt_lengths=prompt_lengths, last_only=True)
-            logits = gpt.hidden_state_to_token(h["last_token"])  # [B,V]
-            tokens = choose_tokens(logits, active, end_of_text, config)
-            for sequence, token in zip(active, tokens, strict=True):
-                sequence.add(token)
-            left = [s for s in active if not s.is_finished(end_of_text, config.max_lines)]
-            if len(left) < len(active):
-                rows = torch.tensor([active.index(s) for s in left], device=device).long()
-                active, prompt_lengths = left, prompt_lengths[rows]
-                cache.keep(rows)
-            input_ids, mask = torch.tensor([[s.text[-1]] for s in active], device=device), None
+    rows, u, n_steps = sequences, None, 0
+    decoder_type = GPUDecoder if runtime.decodes_in_fixed_shapes else Decoder
+    with prepacked(gpt, len(rows), runtime.autocast_dtype or torch.float32):
+        longest = max(s.longest for s in rows)
+        decoder = decoder_type(gpt, [s.text for s in rows], longest, runtime)
+        numbers = None if decoder.drops_rows else random_numbers(rows, runtime.device)
+        logits = decoder.read_texts()
+        while True:
+            if numbers is not None:
+                u = numbers[:, n_steps : n_steps + 1]
+            tokens = choose_tokens(logits, rows, end_of_text, config, u)
+            for sequence, token in zip(rows, tokens.tolist(), strict=True):
+                if not sequence.is_finished:
+                    sequence.add(token, end_of_text, config.max_lines)
+            left = [i for i, sequence in enumerate(rows) if not sequence.is_finished]
+            if not left:
+                break
+            if decoder.drops_rows and len(left) < len(rows):
+                rows, tokens = [rows[i] for i in left], tokens[left]
+                decoder.keep(torch.tensor(left, device=runtime.device))
+            logits = decoder.read(tokens)
+            n_steps += 1
     return [s.text[:-1] if s.text[-1] == end_of_text else s.text for s in sequences]
+
+
+def random_numbers(sequences: list[Sequence], device: torch.device) -> Tensor:
+    """For each sequence those of all its new tokens, float64 [B,longest].
+
+    Brought to a GPU one by one they would have to wait for it.
+    """
+    rows = [torch.from_numpy(s.generator.random(s.longest - len(s.text))) for s in sequences]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from finetune.runtime import RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.pretrained import fingerprint
 from modules.settings import UserError
@@ -17,7 +18,7 @@ OUTPUTS = ("para_dev_out", "para_test_out", "sonnet_out")
 # Flags that decide predictions, but not the adapter.
 PREDICTION = {field.name for field in fields(SamplingConfig)} | {"num_samples", *INPUTS} - {*DATA}
 # Flags that change an adapter within rounding only: a resumed run must repeat them.
-MACHINE = {"use_gpu", "compile", "gradient_checkpointing", "deterministic"}
+MACHINE = {field.name for field in fields(RuntimeConfig)} - {"precision"}
 # Flags that change neither; the base checkpoint counts by its content.
 NEITHER = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged", *OUTPUTS}
 NEITHER |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets import Batches
+from datasets import Batches, pad_to_few_shapes
 from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
 from finetune.ending import Interrupted, held_signals
 from finetune.progress import Fitted, Progress, bar
 from finetune.runtime import STEADIER, LargestBefore, Runtime, random_state, set_random_state
 from modules.adapters import load_adapter_state, trainable
+from modules.cuda_graphs import CUDAGraphs
 from modules.reft import orthonormalize
 from modules.settings import UserError, check_settings, setting
 
@@ -114,12 +115,19 @@ class Trainer:
         self.is_half = self.runtime.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_half)
         self.progress = Progress()
+        self.graphs = None
+        if self.runtime.trains_by_graphs:
+            self.graphs = CUDAGraphs(self.loss_and_gradients, "training")
 
     def backward(self, batch: Batch, weight: float = 1.0, is_last: bool = True) -> Tensor:
         """Add the gradient of a batch to those of the same step; returns the batch's loss.
 
         `weight` is that of its loss in the step's. Ranks reduce gradients with the last batch.
         """
+        if self.graphs:
+            n_positions = self.bare_model.gpt.config.n_positions
+            if (padded := pad_to_few_shapes(batch, n_positions)) is not None:
+                return self._backward_by_graph(padded, weight)
         weight = weight * self.runtime.world_size  # the all-reduce takes the mean
         reduce_later = not is_last and self.runtime.world_size > 1
         with self.model.no_sync() if reduce_later else contextlib.nullcontext():
@@ -127,6 +135,22 @@ class Trainer:
                 loss = self.loss_function(self.model, self.runtime.to_device(batch))
             self.scaler.scale(loss * weight).backward()
         return loss.detach()
+
+    def _backward_by_graph(self, batch: Batch, weight: float) -> Tensor:
+        batch = self.runtime.to_device(batch | {"weight": torch.tensor(weight)})
+        loss, *gradients = self.graphs(**batch)
+        for parameter in self.trainable:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch._foreach_add_([parameter.grad for parameter in self.trainable], gradients)
+        return loss.clone()
+
+    def loss_and_gradients(self, weight: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
+        """A batch's loss and the gradients that it adds, as a function of tensors for a graph."""
+        with self.runtime.autocast():
+            loss = self.loss_function(self.model, batch)
+        gradients = torch.autograd.grad(self.scaler.scale(loss * weight), self.trainable)
+        return loss.detach(), *gradients
 
     def step(self) -> None:
         """Update the weights by the accumulated gradient, and clear it."""
@@ -138,7 +162,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         orthonormalize(self.bare_model)
         self.progress.steps += 1
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import count_parameters
 from modules.kernels import accelerate
-from modules.settings import UserError
+from modules.settings import UserError, setting
 
 Item = TypeVar("Item")
 PRECISIONS = {  # name -> autocast type
@@ -36,6 +36,26 @@ STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and how to compute; no field but `precision` changes results by more than rounding."""
+
+    use_gpu: bool = setting(False, "CUDA, else Apple's MPS")
+    precision: str = setting(
+        "auto",
+        "auto is bf16, or fp16 on GPUs without bf16, or fp32 on a CPU or MPS [auto]",
+        choices=("auto", *PRECISIONS),
+    )
+    compile: bool = setting(False, "torch.compile the model: takes a minute or two to start")
+    gradient_checkpointing: bool = setting(
+        False, "recompute blocks in the backward: less memory, more time"
+    )
+    deterministic: bool = setting(
+        False, "on one CUDA GPU, the same bits in every run: slower, untested"
+    )
+    no_graphs: bool = setting(False, "on CUDA, launch kernels one by one, not as CUDA graphs")
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Device, autocast type (None is float32) and rank. Only rank 0 prints and writes."""
 
@@ -43,6 +63,7 @@ class Runtime:
     autocast_dtype: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
+    config: RuntimeConfig = RuntimeConfig()
 
     @property
     def device_name(self) -> str:
@@ -50,6 +71,23 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
+
+    @property
+    def decodes_in_fixed_shapes(self) -> bool:
+        """Does decoding launch the same kernels for each token? They have no deterministic sum."""
+        return self.device.type == "cuda" and not self.config.deterministic
+
+    @property
+    def decodes_by_graphs(self) -> bool:
+        """Are these kernels a CUDA graph?"""
+        return self.decodes_in_fixed_shapes and not self.config.no_graphs
+
+    @property
+    def trains_by_graphs(self) -> bool:
+        """Are small training steps CUDA graphs? Not where a step waits for other ranks."""
+        config = self.config
+        has_one_way = self.world_size == 1 and not (config.compile or config.gradient_checkpointing)
+        return self.decodes_by_graphs and has_one_way
 
     @property
     def is_main(self) -> bool:
@@ -99,13 +137,13 @@ class Runtime:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def prepare(self, model: nn.Module, compile: bool = False) -> None:
+    def prepare(self, model: nn.Module) -> None:
         """Bring a finished model to the device, and compile or accelerate it.
 
         Raises UserError where torch.compile would find no compiler.
         """
         compilers = (os.environ.get("CXX", "g++"), "clang++")
-        if compile and not any(map(shutil.which, compilers)):
+        if self.config.compile and not any(map(shutil.which, compilers)):
             raise UserError(
                 "--compile needs a C++ compiler, and there is neither g++ nor clang++: install "
                 "one, or leave the flag out"
@@ -113,7 +151,7 @@ class Runtime:
         if self.autocast_dtype:
             round_frozen_matrices(model, self.autocast_dtype)
         model.to(self.device)
-        if compile:
+        if self.config.compile:
             model.compile(dynamic=True)
         else:
             accelerate(model)
@@ -179,18 +217,17 @@ def round_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
                 frozen.data = frozen.data.to(dtype)
 
 
-def start(use_gpu: bool, precision: str, deterministic: bool, seed: int) -> Runtime:
+def start(config: RuntimeConfig, seed: int) -> Runtime:
     """Choose device (CUDA, else Apple's MPS, if a GPU is asked for) and precision, and seed all.
 
     Under torchrun this joins the other ranks, each with a GPU of its own or all on CPUs.
-    `deterministic` chooses CUDA kernels that give the same bits in every run.
     Raises UserError for what this machine has not.
     """
     rank, world_size, local_rank = torchrun_place()
-    device = _find_device(use_gpu, world_size, local_rank)
+    device, precision = _find_device(config.use_gpu, world_size, local_rank), config.precision
     if device.type == "cuda":
-        _choose_kernels(deterministic)
-    elif device.type == "mps" and deterministic:
+        _choose_kernels(config.deterministic)
+    elif device.type == "mps" and config.deterministic:
         raise UserError("--deterministic: PyTorch promises the same bits on CUDA only, not on MPS")
     if precision == "auto":
         precision = "fp32"
@@ -202,7 +239,7 @@ def start(use_gpu: bool, precision: str, deterministic: bool, seed: int) -> Runt
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     seed_everything(seed)
-    return Runtime(device, PRECISIONS[precision], rank, world_size)
+    return Runtime(device, PRECISIONS[precision], rank, world_size, config)
 
 
 def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.device:

@@ -63,7 +63,7 @@ def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Te
 
 def top_p_sample(
     logits: Tensor, temperature: float, top_p: float, generators: list[np.random.Generator]
-) -> list[int]:
+) -> Tensor:
     """Token ids [B] from logits [B,V], each row's drawn with its own generator.
 
     The likeliest tokens are kept until their mass passes `top_p`, one at least (Holtzman et al.
@@ -78,18 +78,33 @@ def top_p_sample(
     while rows:
         u = [[generators[row].random()] for row in rows]
         u = torch.tensor(u, dtype=torch.float64, device=p.device)
-        # In float64: by rounding, cumulative sums would differ with the batch a row is in.
-        mass = p.cumsum(1, dtype=torch.float64)
-        chosen = torch.searchsorted(mass, u * mass[:, -1:], right=True)  # [B,1]
-        chosen = chosen.clamp(max=p.shape[1] - 1)
+        chosen = _draw(p, u)  # [B,1]
         p_chosen = p.gather(1, chosen)
         likelier = torch.where(p > p_chosen, p, 0)
-        again = (likelier.sum(1, keepdim=True) >= top_p) | (p_chosen == 0)
+        again = likelier.sum(1, keepdim=True) >= top_p
         drawn = torch.cat([chosen, again], 1).tolist()  # one wait for a GPU
         left = [i for i, (_, outside) in enumerate(drawn) if outside]
         for row, (token, _) in zip(rows, drawn, strict=True):
             tokens[row] = token
-        if not left:
-            return tokens
         rows, p = [rows[i] for i in left], likelier[left]
-    return tokens
+    return torch.tensor(tokens, device=logits.device)
+
+
+def top_p_sample_at(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+    """The same from one random number a row, u float64 [B,1], without a wait for a GPU.
+
+    A GPU sorts quickly what its host would wait for.
+    """
+    p = (logits / temperature).softmax(1)
+    likeliest = p.sort(1, descending=True).values
+    mass_before = likeliest.cumsum(1, dtype=torch.float64) - likeliest
+    n_kept = (mass_before < top_p).sum(1, keepdim=True)
+    return _draw(torch.where(p >= likeliest.gather(1, n_kept - 1), p, 0), u)[:, 0]
+
+
+def _draw(p: Tensor, u: Tensor) -> Tensor:
+    """Tokens [B,1] where the cumulative sum of p [B,V] passes a share u [B,1] of the whole."""
+    # In float64: by rounding, cumulative sums would differ with the batch a row is in.
+    mass = p.cumsum(1, dtype=torch.float64)
+    # A little less, so that no u below 1 is rounded to the whole, which no token would pass.
+    return torch.searchsorted(mass, u * (1 - 2**-40) * mass[:, -1:], right=True)

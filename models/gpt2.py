@@ -84,12 +84,15 @@ class GPT2Model(nn.Module):
         h = self.word_embedding(layout.tokens_of(input_ids)) + self.pos_embedding(layout.position)
         h = self.embed_dropout(h)  # [N,C]
         intervened = self._intervened(layout, cache, prompt_lengths)
-        mask = layout.visible(cache.longest) if cache and cache.longest else None
+        bias = None  # causal attention within each row
+        if cache and cache.longest:
+            bias = layout.attention_bias(cache.n_slots(layout.shape[1]))
         for i, layer in enumerate(self.gpt_layers):
-            is_last = last_only and i + 1 == len(self.gpt_layers)
-            if is_last and layout.shape[1] > 1:
-                mask = layout.visible_to_last(mask)
-            h = self._run(layer, h, layout, mask, cache and cache.layers[i], intervened, is_last)
+            # Rows of one token have no other to leave out.
+            is_last = last_only and i + 1 == len(self.gpt_layers) and layout.shape[1] > 1
+            if is_last:
+                bias = layout.last_attention_bias(bias)
+            h = self._run(layer, h, layout, bias, cache and cache.layers[i], intervened, is_last)
         h = self.final_layer_norm(h)
         if cache:
             cache.advance(layout)

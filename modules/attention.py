@@ -22,18 +22,19 @@ class CausalSelfAttention(nn.Module):
         self,
         x: Tensor,
         layout: TokenLayout,
-        mask: Tensor | None = None,
+        bias: Tensor | None = None,
         cache: LayerCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """[N,C] to [N,C], before the output projection; `last_only`: to [B,C], the rows' last.
 
-        `mask`, bool [B,1,T,S] and True where a query may attend to a key, replaces the causal one.
-        With a `cache` the S keys are all that it holds once the new ones are in it.
+        `bias` [B,1,T,S] is added to the scores of queries and keys, instead of the causal mask.
+        With a `cache` the S keys are those that it holds once the new ones are in it.
         """
-        q, k, v = self._heads(layout.to_rows(self.qkv(x)))  # [B,H,T,D] each
+        qkv = self.qkv(x)  # [N,3C]
+        q, k, v = self._heads(layout.to_rows(qkv))  # [B,H,T,D] each
         if cache is not None:
-            k, v = cache.append(k, v, layout)
+            k, v = cache.append(qkv.unflatten(1, (3, self.n_head, -1))[:, 1:], layout)
         if last_only:
             last = (layout.lengths - 1).view(-1, 1, 1, 1).expand(-1, q.shape[1], 1, q.shape[3])
             q = q.gather(2, last)  # [B,H,1,D]
@@ -41,9 +42,10 @@ class CausalSelfAttention(nn.Module):
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=bias,
             dropout_p=self.dropout_p if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
+            # Written so, torch.compile has a constant here and not a size that varies.
+            is_causal=True if bias is None and q.shape[2] > 1 else False,  # noqa: SIM210
         )
         y = y.transpose(1, 2).flatten(2)  # [B,T,C]
         return y[:, 0] if last_only else layout.to_tokens(y)

@@ -32,17 +32,17 @@ class GPT2Layer(nn.Module):
         self,
         h: Tensor,
         layout: TokenLayout,
-        mask: Tensor | None = None,
+        bias: Tensor | None = None,
         cache: LayerCache | None = None,
         intervened: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """[N,C] to [N,C], or with `last_only` to [B,C], the last token of each row.
 
-        Layout, mask and cache are those of `CausalSelfAttention`; `intervened`, bool [N,1], says
+        Layout, bias and cache are those of `CausalSelfAttention`; `intervened`, bool [N,1], says
         at which tokens the hook points act, None is all.
         """
-        y = self.self_attention(self.attention_layer_norm(h), layout, mask, cache, last_only)
+        y = self.self_attention(self.attention_layer_norm(h), layout, bias, cache, last_only)
         if last_only:
             h = h.index_select(0, layout.last)
             intervened = None if intervened is None else intervened.index_select(0, layout.last)

@@ -7,32 +7,48 @@ from modules.padding import TokenLayout
 
 
 class LayerCache:
-    """One layer's keys and values [B,H,size,D]; a row's first token is at slot 0."""
+    """One layer's keys and values [2,B,H,size,D]; a row's first token is at slot 0."""
 
     def __init__(self, cache: "KVCache"):
         self.cache = cache
-        self.keys = self.values = torch.empty(0)
+        self.kv = torch.empty(0)
 
-    def append(self, keys: Tensor, values: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Put [B,H,T,D] of new tokens behind each row's own; returns all, [B,H,longest + T,D]."""
-        B, H, T, D = keys.shape
-        if not self.keys.numel():  # zeros, since weights of 0 are multiplied with what is unused
-            self.keys, self.values = (keys.new_zeros(B, H, self.cache.size, D) for _ in range(2))
-        row, slot = layout.row, layout.position
-        self.keys[row, :, slot] = layout.to_tokens(keys.transpose(1, 2))  # [N,H,D]
-        self.values[row, :, slot] = layout.to_tokens(values.transpose(1, 2))
-        S = self.cache.longest + T
-        return self.keys[:, :, :S], self.values[:, :, :S]
+    def append(self, kv: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Put keys and values [N,2,H,D] of new tokens behind each row's own.
+
+        Returns keys and values [B,H,S,D] of the slots that the new tokens may attend to.
+        """
+        B, T = layout.shape
+        if not self.kv.numel():  # zeros, since weights of 0 are multiplied with what is unused
+            _, two, H, D = kv.shape
+            self.kv = kv.new_zeros(two, B, H, self.cache.size, D)
+        self.kv[:, layout.row, :, layout.position] = kv
+        keys, values = self.kv[:, :, :, : self.cache.n_slots(T)]
+        return keys, values
 
 
 class KVCache:
-    """The caches of all layers, for up to `size` positions of `n_rows` rows."""
+    """The caches of all layers, for up to `size` positions of `n_rows` rows.
 
-    def __init__(self, n_layer: int, n_rows: int, size: int, device: torch.device | str = "cpu"):
-        self.size = size
+    With `fixed_shapes`, as a CUDA graph needs them, all slots count once the prompts are read.
+    """
+
+    def __init__(
+        self,
+        n_layer: int,
+        n_rows: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        fixed_shapes: bool = False,
+    ):
+        self.size, self.fixed_shapes = size, fixed_shapes
         self.layers = [LayerCache(self) for _ in range(n_layer)]
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # [B], tokens read
         self.longest = 0  # the largest of `lengths`, or a little more
+
+    def n_slots(self, n_new: int) -> int:
+        """The slots that attention reads while `n_new` tokens a row are read."""
+        return self.size if self.fixed_shapes and self.longest else self.longest + n_new
 
     def advance(self, layout: TokenLayout) -> None:
         """Count the tokens that every layer has appended."""
@@ -44,4 +60,4 @@ class KVCache:
         self.lengths = self.lengths[rows]
         self.longest = int(self.lengths.max()) if len(rows) else 0
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.kv = layer.kv[:, rows]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modules.byte_dropout import drop, drop_gradient
 from modules.lora import LoRALinear
 from modules.onednn import add_matmul, agrees, matmul, prepacked_linear
+from modules.padding import autocast_dtype
 
 
 class FastLoRALinear(LoRALinear):
@@ -127,13 +128,6 @@ def lora_matmul_works(device: torch.device) -> bool:
 # One cast for all
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type in which autocast computes matmuls, None where it is off."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
 class CastAll(torch.autograd.Function):
     """Copies of tensors in another type by one kernel, and their gradients back by one.
 
@@ -170,7 +164,7 @@ def cast_adapters_at_once(model: nn.Module) -> None:
 def _cast_in_each_forward(gpt: nn.Module, layers: list[nn.Module]) -> None:
     def before(gpt: nn.Module, args: Any) -> None:
         dtype = autocast_dtype(layers[0].weight.device)
-        if dtype is not None:
+        if dtype is not None and layers[0].prepacked is None:
             matrices = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
             copies = iter(CastAll.apply(dtype, *matrices))
             for layer, A, B in zip(layers, copies, copies, strict=True):

@@ -66,17 +66,20 @@ class TokenLayout:
         """[N,...] to [B,T,...] with every token where it was in the input, zeros for padding."""
         return self._scatter(x, self.source)
 
-    def visible(self, n_cached: int) -> Tensor:
-        """Which of `n_cached` + T slots each query may attend to, bool [B,1,T,S]."""
-        slot = torch.arange(n_cached + self.shape[1], device=self.position.device)
-        return (slot <= self.to_rows(self.position)[..., None])[:, None]
+    def attention_bias(self, n_slots: int) -> Tensor:
+        """Added to the scores of each query for the slots of a cache, [B,1,T,S]: 0 where it may
+        attend, -inf elsewhere, in the type of the scores.
+        """
+        slot = torch.arange(n_slots, device=self.position.device)
+        return _bias(slot <= self.to_rows(self.position)[:, None, :, None])
 
-    def visible_to_last(self, mask: Tensor | None) -> Tensor:
-        """The rows of a mask [B,1,T,S], None being the causal one, of each row's last token."""
-        if mask is None:
+    def last_attention_bias(self, bias: Tensor | None) -> Tensor:
+        """The rows of a bias [B,1,T,S], None being the causal one, of each row's last token."""
+        if bias is None:
             slot = torch.arange(self.shape[1], device=self.lengths.device)
-            return (slot < self.lengths[:, None])[:, None, None]  # [B,1,1,S]
-        return mask.take_along_dim(self.lengths.view(-1, 1, 1, 1) - 1, 2)
+            return _bias(slot < self.lengths[:, None, None, None])  # [B,1,1,S]
+        last = (self.lengths - 1).view(-1, 1, 1, 1).expand(-1, 1, 1, bias.shape[3])
+        return bias.gather(2, last)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """[N,...] to [B,T,...] with zeros for padding."""
@@ -92,6 +95,18 @@ class TokenLayout:
         """[B,T,...] to [N,...], without padding."""
         x = rows.flatten(0, 1)
         return x if self.index is None else take(x, self.index)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type in which autocast computes matmuls, None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _bias(visible: Tensor) -> Tensor:
+    dtype = autocast_dtype(visible.device) or torch.float32
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)
 
 
 class _Take(torch.autograd.Function):

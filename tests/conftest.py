@@ -16,7 +16,7 @@ import transformers
 from finetune.loop import FitConfig
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, load_tokenizer
-from modules import onednn
+from modules import cuda_graphs, onednn
 from modules.adapters import trainable
 from tests.scripts import ROOT
 
@@ -127,3 +127,46 @@ def quora():
     if not QUORA.is_dir():
         pytest.skip("the Quora pairs may not be redistributed and are not beside this checkout")
     return QUORA
+
+
+class Recorder:
+    """In place of `record`: runs the function on its own inputs, and counts recordings."""
+
+    def __init__(self, spoil=lambda tensor: tensor, error=None):
+        self.n, self.n_replays, self.spoil, self.error = 0, 0, spoil, error
+
+    def __call__(self, function, inputs, pool):
+        own = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
+        self.n += 1
+        if self.error:
+            raise self.error
+        outputs = function(**inputs)
+
+        def replay(inputs):
+            self.n_replays += 1
+            for name, tensor in inputs.items():
+                own[name].copy_(tensor)
+            for output, tensor in zip(outputs, function(**own), strict=True):
+                output.copy_(self.spoil(tensor))
+            return outputs
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Installs a recorder, and the CPU's generator for CUDA's."""
+
+    def install(**about):
+        recorder = Recorder(**about)
+        monkeypatch.setattr(cuda_graphs, "record", recorder)
+        return recorder
+
+    monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", torch.set_rng_state)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    streams = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    install.streams = streams
+    return install

@@ -33,7 +33,7 @@ import transformers
 from torch import Tensor, nn
 
 from finetune.loop import FitConfig
-from finetune.runtime import Runtime
+from finetune.runtime import Runtime, RuntimeConfig
 from finetune.runtime import start as start_runtime
 from models.paraphrase_gpt import paraphrase_loss
 from models.sonnet_gpt import sonnet_loss
@@ -95,7 +95,9 @@ def make_checks(
     plan: Plan, folder: Path, check: Callable[..., Row], precision: str, deterministic: bool
 ) -> dict[tuple[str, str], Callable[[], Row]]:
     """In a process of its own: `check` for each of CASES."""
-    runtime = start_runtime(plan.use_gpu, precision, deterministic, seed=0)
+    runtime = start_runtime(
+        RuntimeConfig(plan.use_gpu, precision, deterministic=deterministic), seed=0
+    )
     return {(name, task): partial(check, folder, name, task, runtime) for name, task in CASES}
 
 

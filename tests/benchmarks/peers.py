@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from finetune.loop import FitConfig, Trainer
-from finetune.runtime import PRECISIONS, Runtime
+from finetune.runtime import PRECISIONS, Runtime, RuntimeConfig
 from finetune.runtime import start as start_runtime
 from models.config import SIZES
 from models.pretrained import BUNDLED, find_checkpoint
@@ -38,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def start(use_gpu: bool, precision: str) -> Runtime:
     """The runtime of a script with these flags."""
-    return start_runtime(use_gpu, precision, deterministic=False, seed=0)
+    return start_runtime(RuntimeConfig(use_gpu, precision), seed=0)
 
 
 def make_trainer(model: nn.Module, loss: Callable, config: FitConfig, runtime: Runtime) -> Trainer:

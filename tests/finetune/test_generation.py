@@ -14,6 +14,7 @@ from models.pretrained import BUNDLED
 from modules.kernels import accelerate
 from modules.kv_cache import LayerCache
 from modules.lora import LoRAConfig, add_lora
+from modules.reft import ReFTConfig, add_reft
 from tests.conftest import ROOT
 from tests.models.test_gpt2 import with_unused_rows
 
@@ -87,12 +88,44 @@ def test_a_row_ends_at_its_own_length_and_takes_no_further_work(gpt, monkeypatch
     monkeypatch.setattr(
         LayerCache,
         "append",
-        lambda self, k, *rest: batches.append(len(k)) or append(self, k, *rest),
+        lambda self, kv, layout: batches.append(layout.shape[0]) or append(self, kv, layout),
     )
     rows = [Sequence(PROMPTS[0], (1, i), 4 + i, NO_LINES) for i in range(3)]
     texts = generate(gpt, rows, -1, SamplingConfig(min_lines=0), CPU)
     assert [len(text) for text in texts] == [4, 5, 6]
     assert batches == [3] * 3 + [2] * 3 + [1] * 3  # three layers
+
+
+class FixedShapes(Runtime):
+    """A CPU that decodes as a GPU does."""
+
+    decodes_in_fixed_shapes, decodes_by_graphs = True, False
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "reft"])
+def test_in_fixed_shapes_greedy_texts_are_the_same(gpt, adapter):
+    if adapter == "lora":
+        add_lora(gpt, LoRAConfig(rank=2))
+    elif adapter == "reft":
+        add_reft(gpt, ReFTConfig("nodireft", positions="f1+l2"))
+    for parameter in gpt.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    fixed = FixedShapes(torch.device("cpu"))
+    expected = decode(gpt, PROMPTS, greedy=True)
+    assert min(map(len, expected)) < max(map(len, expected))
+    assert decode(gpt, PROMPTS, greedy=True, runtime=fixed) == expected
+
+
+def test_in_fixed_shapes_a_text_depends_on_no_neighbour_and_ends_by_itself(gpt):
+    fixed = FixedShapes(torch.device("cpu"))
+    together = decode(gpt, PROMPTS, 30, runtime=fixed)
+    for i, prompt in enumerate(PROMPTS):
+        assert decode(gpt, [prompt], 30, seeds=[i], runtime=fixed) == [together[i]]
+    assert END not in sum(together, [])
+    rows = [Sequence(PROMPTS[0], (1, i), 4 + 20 * i, NO_LINES) for i in range(3)]
+    texts = generate(gpt, rows, -1, SamplingConfig(min_lines=0), fixed)
+    assert [len(text) for text in texts] == [4, 24, 44]
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -155,9 +188,9 @@ def test_numbers_and_blank_lines_do_not_count_as_lines(generator, nano_tokenizer
     row = Sequence(nano_tokenizer.encode("One\nTwo\n"), (0,), 99, counter)
     assert (row.complete_lines, row.n_lines) == (2, 2)
     for token in nano_tokenizer.encode("\n \n 145 \n"):
-        row.add(token)
+        row.add(token, END, 14)
     assert row.complete_lines == 2
-    row.add(nano_tokenizer.encode("Three")[0])
+    row.add(nano_tokenizer.encode("Three")[0], END, 14)
     assert (row.complete_lines, row.n_lines) == (2, 3)
 
 
@@ -167,7 +200,7 @@ def test_a_line_is_complete_at_its_end_even_if_the_token_begins_the_next():
         [0], (0,), 99, LineCounter(frozenset({1, 2}), lambda ids: "".join(map(words.get, ids)))
     )
     assert row.complete_lines == 0
-    row.add(1)
+    row.add(1, END, 14)
     assert row.complete_lines == 1
-    row.add(2)
+    row.add(2, END, 14)
     assert (row.complete_lines, row.n_lines) == (2, 2)

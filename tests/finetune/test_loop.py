@@ -1,15 +1,18 @@
 """fit(): schedule, accumulation, clipping, dev passes, best and stop, on a model of one weight."""
 
 import math
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from datasets import Share, SonnetBatches, TokenizedSonnet
+from datasets import PairBatches, Share, SonnetBatches, TokenizedPairs, TokenizedSonnet
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.loop import FitConfig, Trainer, fit, lr_factor
-from finetune.runtime import Runtime
+from finetune.runtime import Runtime, RuntimeConfig
+from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import DiReFT, ReFTConfig
@@ -222,6 +225,57 @@ def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
     trainer.step()
     assert trainer.scaler.get_scale() == scale / 2
     assert all(torch.equal(p, was) for p, was in zip(trainer.trainable, before, strict=True))
+
+
+class ByGraphs(Runtime):
+    """A CPU that trains as a GPU does."""
+
+    trains_by_graphs = True
+
+
+@pytest.mark.parametrize("grad_accum", [1, 3])
+def test_training_by_graphs_is_training_without(gpt, recorder, grad_accum):
+    """With batches of other lengths, a last one that is smaller, and weights of their losses."""
+    made, config = recorder(), FitConfig(lr=0.01)
+    add_lora(gpt, LoRAConfig(rank=2, dropout=0.0))
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 30, 70)
+    data = TokenizedPairs(
+        ids=[str(row) for row in range(len(lengths))],
+        labels=rng.integers(0, 2, len(lengths)),
+        tokens=rng.integers(0, 101, lengths.sum()).astype(np.int32),
+        starts=lengths.cumsum() - lengths,
+        lengths=lengths,
+        shortened=0,
+    )
+    before = {name: parameter.clone() for name, parameter in gpt.named_parameters()}
+    results = []
+    for runtime in (CPU, ByGraphs(torch.device("cpu"))):
+        gpt.load_state_dict(before)
+        model = ParaphraseGPT(gpt, (7, 40)).eval()  # no dropout
+        trainer = Trainer(model, paraphrase_loss, adamw(model, config), config, 1, runtime)
+        losses = []
+        for number in range(2):
+            batches = PairBatches(data, 4, seed=0).epoch(number)
+            while group := list(islice(batches, grad_accum)):
+                losses += [trainer.backward(batch, 1 / len(group)) for batch, _ in group]
+                trainer.step()
+        results.append([torch.stack(losses), *(p.detach().clone() for p in trainer.trainable)])
+    assert 1 < made.n < made.n_replays
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_what_is_recorded_nowhere_trains_without_graphs():
+    cuda = torch.device("cuda")
+    assert Runtime(cuda).trains_by_graphs
+    assert Runtime(cuda, world_size=2).decodes_by_graphs
+    assert not Runtime(cuda, world_size=2).trains_by_graphs
+    assert not Runtime(torch.device("cpu")).decodes_in_fixed_shapes
+    for flag in ("compile", "gradient_checkpointing", "deterministic", "no_graphs"):
+        runtime = Runtime(cuda, config=RuntimeConfig(**{flag: True}))
+        assert not runtime.trains_by_graphs
+        assert runtime.decodes_by_graphs == (flag in ("compile", "gradient_checkpointing"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetune import runtime as runtime_module
-from finetune.runtime import Runtime, seed_everything
+from finetune.runtime import Runtime, RuntimeConfig, seed_everything
 from models.paraphrase_gpt import ParaphraseGPT
 from modules.kernels import accelerate
 from modules.lora import LoRAConfig, add_lora
@@ -20,7 +20,8 @@ from tests.scripts import ROOT
 
 
 def start(use_gpu: bool, precision: str, deterministic: bool = False) -> Runtime:
-    return runtime_module.start(use_gpu, precision, deterministic, seed=0)
+    config = RuntimeConfig(use_gpu, precision, deterministic=deterministic)
+    return runtime_module.start(config, seed=0)
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_frozen_matrices_in_bfloat16_change_no_result(gpt, capsys):
         return [logits, *torch.autograd.grad(logits.square().sum(), trained)]
 
     before = results()
-    runtime.prepare(model, compile=False)
+    runtime.prepare(model)
     assert all(torch.equal(a, b) for a, b in zip(before, results(), strict=True))
     types = {name: p.dtype for name, p in gpt.named_parameters()}
     halved = {name for name, dtype in types.items() if dtype == torch.bfloat16}
@@ -139,8 +140,9 @@ def test_a_driver_that_pytorch_cannot_use_is_named(monkeypatch, has_driver):
 
 def test_compile_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    runtime = Runtime(torch.device("cpu"), config=RuntimeConfig(compile=True))
     with pytest.raises(UserError, match="--compile needs a C.. compiler, and there is neither"):
-        Runtime(torch.device("cpu")).prepare(torch.nn.Linear(2, 2), compile=True)
+        runtime.prepare(torch.nn.Linear(2, 2))
 
 
 def test_windows_is_refused_in_a_sentence():

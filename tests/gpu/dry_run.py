@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from datasets import TokenizedPairs, TokenizedSonnet, pair_batch, sonnet_batch
 from finetune.generation import LineCounter, Sequence, generate
 from finetune.loop import FitConfig, Trainer
-from finetune.runtime import PRECISIONS, Runtime
+from finetune.runtime import PRECISIONS, Runtime, RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
@@ -78,6 +78,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "mixes devices": lambda loss: (loss + torch.ones(3)).sum(),
 }
 ANSWERS = (3919, 8505)
+NO_GRAPHS = RuntimeConfig(no_graphs=True)  # there is nothing to record them
 
 
 def host_batch(task: str) -> dict[str, Tensor]:
@@ -119,7 +120,8 @@ def train(
     optimizer = torch.optim.AdamW(
         trainable(model), lr=1e-4, eps=1e-6, fused=True, capturable=case.capturable
     )
-    runtime, config = Runtime(CUDA, PRECISIONS[case.precision]), FitConfig(grad_clip=case.grad_clip)
+    config = FitConfig(grad_clip=case.grad_clip)
+    runtime = Runtime(CUDA, PRECISIONS[case.precision], config=NO_GRAPHS)
     trainer = Trainer(model.train(), loss, optimizer, config, 10, runtime)
     for _ in range(2 if case.size == GPT2 else 1):
         with Kernels() as kernels:
@@ -128,7 +130,12 @@ def train(
                 if (grad.dtype, grad.device) != (torch.float32, CUDA):
                     faults.add(f"a gradient is {grad.dtype} on {grad.device}")
             trainer.step()
-        faults |= {f"{op} copies to the host" for op in kernels.copied_to_host}
+        faults |= kernels.copied_to_host
+    if "labels" in batch and not case.checkpointing:
+        batch = runtime.to_device(batch)
+        with Kernels() as recorded:  # what a CUDA graph holds
+            trainer.loss_and_gradients(torch.ones((), device=CUDA), **batch)
+        faults |= recorded.copied_to_host | recorded.copied_from_host
     return {"launches": kernels.launched, "faults": sorted(faults)}
 
 
@@ -209,16 +216,18 @@ def a_token(adapter: str) -> dict:
         marks.append((kernels.launched, len(reads)))
         if len(marks) > 4:
             raise Enough
+        kernels.copied_from_host.clear()  # such as random numbers for all tokens
 
     fakes = {"tolist": tolist, "nonzero": nonzero, "__getitem__": getitem}
     with fake_cuda(), mock.patch.multiple(FakeTensor, **fakes), contextlib.suppress(Enough):
-        gpt, runtime = make_gpt(adapter, GPT2).eval(), Runtime(CUDA, torch.bfloat16)
+        gpt = make_gpt(adapter, GPT2).eval()
+        runtime = Runtime(CUDA, torch.bfloat16, config=NO_GRAPHS)
         runtime.prepare(SonnetGPT(gpt))
         gpt.register_forward_pre_hook(mark)
         with kernels:
             generate(gpt, sequences, 50256, SamplingConfig(), runtime)
     (launched, n_reads), (later, n_later) = marks[-2:]
-    faults = [f"{op} copies to the host" for op in kernels.copied_to_host]
+    faults = sorted(kernels.copied_to_host | kernels.copied_from_host)
     return {"launches": later - launched, "host_reads": n_later - n_reads, "faults": faults}
 
 

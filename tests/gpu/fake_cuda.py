@@ -46,20 +46,26 @@ class Kernels(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.launched = 0
-        self.copied_to_host: list[str] = []
+        self.copied_to_host: set[str] = set()
+        self.copied_from_host: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         inputs, outputs = (_devices(tree) for tree in ((args, kwargs), out))
+        has_host_input = "cpu" in _devices((args, kwargs), least_dim=1)  # a number is no copy
         if "cuda" in inputs and "cpu" in outputs:
-            self.copied_to_host.append(str(func))
-        if "cuda" in inputs | outputs and not func.is_view:
+            self.copied_to_host.add(f"{func} copies to the host")
+        if "cuda" in outputs and has_host_input:
+            self.copied_from_host.add(f"{func} copies from the host")
+        is_idle = str(func) == "aten.dropout.default" and not args[2]  # as in evaluation
+        if "cuda" in inputs | outputs and not (func.is_view or is_idle):
             self.launched += not str(func).startswith(NO_KERNEL)
         return out
 
 
-def _devices(tree: object) -> set[str]:
-    return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+def _devices(tree: object, least_dim: int = 0) -> set[str]:
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {tensor.device.type for tensor in tensors if tensor.ndim >= least_dim}
 
 
 @contextlib.contextmanager
@@ -104,7 +110,9 @@ def _attention(
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal)[0]
     if attn_mask is not None:
-        scores = (*query.shape[:3], key.shape[2])
-        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype).expand(scores)
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+        assert attn_mask.dtype == query.dtype
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, dropout_p, is_causal)[0]

@@ -17,11 +17,11 @@ LAUNCHES = {  # of a step or a token at gpt2's size under bfloat16; they may onl
     "pairs, LoRA": 865,  # 12 rows; transformers + PEFT 1,794
     "pairs, ReFT adapter": 615,
     "pairs, LoReFT": 666,
-    "sonnets, LoRA": 865,  # 4 rows; transformers + PEFT 1,788
-    "sonnets, ReFT adapter": 615,
-    "a token, LoRA": 312,  # 12 rows
-    "a token, LoReFT": 287,
-    "a token, no adapter": 215,
+    "sonnets, LoRA": 867,  # 4 rows; transformers + PEFT 1,788
+    "sonnets, ReFT adapter": 617,
+    "a token, LoRA": 167,  # 12 rows
+    "a token, LoReFT": 227,
+    "a token, no adapter": 167,
 }
 
 

@@ -25,9 +25,9 @@ def test_each_row_is_the_formula_of_its_own_tokens(last_only):
     torch.manual_seed(0)
     attention, layout = CausalSelfAttention(32, 4, 0.1).eval(), TokenLayout.of(MASK, MASK)
     x = torch.randn(11, 32)
-    mask = layout.visible_to_last(None) if last_only else None
+    bias = layout.last_attention_bias(None) if last_only else None
     with torch.no_grad():
-        y = attention(x, layout, mask, last_only=last_only)
+        y = attention(x, layout, bias, last_only=last_only)
         rows = [formula(attention, row) for row in (x[:7], x[7:])]
     expected = torch.stack([row[-1] for row in rows]) if last_only else torch.cat(rows)
     assert torch.allclose(y, expected, atol=1e-5)
@@ -43,11 +43,11 @@ def test_a_single_query_attends_to_the_cache_in_float32(dtype):
         attention(torch.randn(11, 32), layout, cache=cache.layers[0])
         cache.advance(layout)
         x, layout = torch.randn(2, 32), TokenLayout.of(MASK[:, :1], cached=cache.lengths)
-        y = attention(x, layout, layout.visible(cache.longest), cache.layers[0])
+        y = attention(x, layout, layout.attention_bias(cache.n_slots(1)), cache.layers[0])
         q = attention.qkv(x)[:, :32].view(2, 4, 1, 8).float()
-    keys, values = cache.layers[0].keys, cache.layers[0].values
-    assert keys.dtype == dtype
-    k, v = (part[:, :, :8].float() for part in (keys, values))
+    kv = cache.layers[0].kv
+    assert kv.dtype == dtype
+    k, v = kv[:, :, :, :8].float()
     mask = (torch.arange(8) <= torch.tensor([[7], [4]]))[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, mask)
     assert torch.allclose(y, expected.flatten(1), atol=1e-6)

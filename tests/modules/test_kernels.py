@@ -147,15 +147,27 @@ def test_attention_under_dropout_is_the_same_attention(gpt, padded):
 
 @pytest.mark.parametrize("n", [1, 4, 5, 11])
 @pytest.mark.parametrize("suppressed", [False, True])
-def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(library, n, suppressed, monkeypatch):
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(
+    library, n, suppressed, centred, monkeypatch
+):
     monkeypatch.setattr(kernels, "LOSS_CHUNK", 4)
-    h, weight = torch.randn(n, 6, requires_grad=True), torch.randn(50, 6)
+    monkeypatch.setattr(kernels, "computes_in_tf32", lambda device: centred)
+    h, weight = torch.randn(n, 6, requires_grad=True), torch.randn(50, 6) + 1
     targets, bias = torch.randint(0, 40, (n,)), torch.zeros(50)
     bias[40:] = -torch.inf if suppressed else 0.5
     losses = [loss(h, weight, targets, bias) for loss in (ChunkedNextTokenLoss(), NextTokenLoss())]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     gradients = [torch.autograd.grad(3 * loss, h)[0] for loss in losses]
     assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_only_the_loss_may_be_in_tf32(enabled):
+    with kernels.tf32(enabled):
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if enabled else "none")
+    assert torch.backends.cuda.matmul.fp32_precision == "none"
+    assert not kernels.computes_in_tf32(torch.device("cpu"))
 
 
 def test_no_logits_of_more_than_a_chunk_exist(monkeypatch):

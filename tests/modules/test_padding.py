@@ -70,9 +70,17 @@ def test_cached_tokens_count_in_positions_and_in_what_is_visible():
     cached = torch.tensor([5, 2, 0])
     layout = TokenLayout.of(IDS[:, :2], RIGHT[:, :2], cached=cached)
     assert layout.position.tolist() == [5, 6, 2, 3, 0]
-    visible = layout.visible(n_cached=5)
-    assert visible.shape == (3, 1, 2, 7)
-    assert visible.sum(-1)[:, 0].tolist() == [[6, 7], [3, 4], [1, 1]]
-    last = layout.visible_to_last(visible)
-    assert last.sum(-1).flatten().tolist() == [7, 4, 1]
-    assert TokenLayout.of(IDS, RIGHT).visible_to_last(None).sum(-1).flatten().tolist() == [4, 2, 1]
+    bias = layout.attention_bias(n_slots=7)
+    assert bias.shape == (3, 1, 2, 7)
+    assert n_visible(bias)[:, 0].tolist() == [[6, 7], [3, 4], [1, 1]]
+    assert n_visible(layout.last_attention_bias(bias)).flatten().tolist() == [7, 4, 1]
+    causal = TokenLayout.of(IDS, RIGHT).last_attention_bias(None)
+    assert n_visible(causal).flatten().tolist() == [4, 2, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layout.attention_bias(n_slots=7).dtype == torch.bfloat16  # as the scores
+
+
+def n_visible(bias: torch.Tensor) -> torch.Tensor:
+    """How many slots each query may attend to."""
+    assert set(bias.unique().tolist()) <= {0.0, -torch.inf}
+    return (bias == 0).sum(-1)

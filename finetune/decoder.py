@@ -1,0 +1,85 @@
+"""The model's side of decoding: logits for the next tokens of a batch, each token read once."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from finetune.runtime import Runtime
+from models.gpt2 import GPT2Model
+from modules.cuda_graphs import CUDAGraphs
+from modules.kv_cache import KVCache
+
+
+class Decoder:
+    """Reads a batch of texts and then, token by token, what is added to them."""
+
+    drops_rows = True  # of texts that are finished
+
+    def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
+        self.gpt, self.runtime, self.longest = gpt, runtime, longest
+        device = runtime.device
+        self.input_ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True)
+        self.lengths = torch.tensor([len(text) for text in texts], device=device)
+        self.cache = self.make_cache()
+
+    def make_cache(self) -> KVCache:
+        """An empty cache for texts of at most `longest` tokens."""
+        n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
+        return KVCache(n_layer, n_rows, self.longest, self.lengths.device)
+
+    def read_texts(self) -> Tensor:
+        """Logits [B,V] for the first new token of each text."""
+        column = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
+        return self.logits(self.input_ids, (column < self.lengths[:, None]).long())
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Logits [B,V] for the next token, after these [B]."""
+        return self.logits(tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self.cache.keep(rows)
+        self.lengths = self.lengths[rows]
+
+    def logits(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits [B,V] after [B,T] more tokens."""
+        with self.runtime.autocast():
+            states = self.gpt(
+                input_ids,
+                mask,
+                cache=self.cache,
+                prompt_lengths=self.lengths,  # ReFT's prompt is the whole text that was given
+                last_only=True,
+            )
+        return self.gpt.hidden_state_to_token(states["last_token"])
+
+
+class GPUDecoder(Decoder):
+    """The same by kernels that are the same for each token, so that they can be a CUDA graph.
+
+    A text that is finished stays in the batch. It is read on and on, to no use.
+    """
+
+    drops_rows = False
+
+    def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
+        super().__init__(gpt, texts, longest, runtime)
+        self.n_read = self.lengths
+        self.step = self.next_logits
+        if runtime.decodes_by_graphs:
+            self.step = CUDAGraphs(self.next_logits, "decoding")
+
+    def make_cache(self) -> KVCache:
+        size = -(-self.longest // 16) * 16  # attention's bias is copied in each layer otherwise
+        n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
+        return KVCache(n_layer, n_rows, size, self.lengths.device, fixed_shapes=True)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        (logits,) = self.step(input_ids=tokens[:, None], n_read=self.n_read)
+        self.n_read = (self.n_read + 1).clamp(max=self.longest - 1)
+        return logits
+
+    def next_logits(self, input_ids: Tensor, n_read: Tensor) -> tuple[Tensor]:
+        """`logits` of a token in each row, [B,1], that follows `n_read` [B]."""
+        self.cache.lengths = n_read
+        return (self.logits(input_ids),)
