@@ -81,5 +81,5 @@ class GPUDecoder(Decoder):
 
     def next_logits(self, input_ids: Tensor, n_read: Tensor) -> tuple[Tensor]:
         """`logits` of a token in each row, [B,1], that follows `n_read` [B]."""
-        self.cache.lengths = n_read
+        self.cache.lengths, self.cache.longest = n_read, 1  # however often this is called
         return (self.logits(input_ids),)

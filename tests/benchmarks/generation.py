@@ -37,6 +37,7 @@ from tests.benchmarks.peers import (
 )
 
 OURS, THEIRS = "this project, a batch", "transformers.generate, a batch"
+NO_GRAPHS = "this project, no CUDA graphs"
 ONE_BY_ONE = "no cache, one by one"
 NO_LINES = LineCounter(frozenset(), str)
 NEVER = -1  # an end of text that does not come, so that all make the same number of tokens
@@ -109,8 +110,10 @@ def make_peers(
 
     n = len(prompts) * n_new
     settings = (prompts, n_new, runtime)
+    without_graphs = (prompts, n_new, start(use_gpu, precision, no_graphs=True))
     return {
         OURS: partial(rate, ours(folder, *settings), n),
+        NO_GRAPHS: partial(rate, ours(folder, *without_graphs), n),
         THEIRS: partial(rate, theirs(model, *settings), n),
         ONE_BY_ONE: partial(rate, without_cache(model, *settings), 8),
     }
@@ -123,6 +126,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     peers = make_peers(find_model(args), args.n_new, args.use_gpu, args.precision)
+    if not args.use_gpu:
+        del peers[NO_GRAPHS]
     rates = take_turns(peers, args.turns)
     print(f"{rates[OURS] / rates[ONE_BY_ONE]:.1f} x the loop without a cache")
     report(rates, "tokens/s", THEIRS)

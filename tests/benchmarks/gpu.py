@@ -49,7 +49,7 @@ from tests.benchmarks.peers import (
     start,
     take_turns,
 )
-from tests.benchmarks.train_step import LOREFT, OURS, PEFT
+from tests.benchmarks.train_step import LOREFT, NO_GRAPHS, OURS, PEFT
 
 Row = dict[str, str | float]
 TOLERANCE = 1e-3
@@ -168,7 +168,9 @@ def backward(
 ) -> tuple[float, list[Tensor]]:
     """The loss of a batch and the gradients of the adapter."""
     trainer = make_trainer(model, LOSSES[task], FitConfig(), runtime)
-    loss = trainer.backward(batch)
+    for _ in range(2):  # the second may be a CUDA graph
+        trainer.optimizer.zero_grad()
+        loss = trainer.backward(batch)
     return float(loss), [parameter.grad.cpu() for parameter in trainer.trainable]
 
 
@@ -209,7 +211,7 @@ def decoding_rows(plan: Plan, folder: Path) -> list[Row]:
     """A row for this project and one for `transformers.generate`."""
     worker = Worker(generation.make_peers, folder, plan.n_new, plan.use_gpu, "auto")
     with contextlib.closing(worker):
-        names = (generation.OURS, generation.THEIRS)
+        names = (generation.OURS, generation.NO_GRAPHS, generation.THEIRS)
         rates = take_turns({name: partial(worker.ask, name) for name in names}, plan.turns)
     theirs = rates[generation.THEIRS]
     return [
@@ -250,7 +252,7 @@ def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
         "Deterministic": partial(check, check=same_bits, precision="auto", deterministic=True),
     }
     for size in plan.steps:
-        names = [OURS, LOREFT, PEFT]
+        names = [OURS, NO_GRAPHS, LOREFT, PEFT]
         found[f"Training, batch {size}"] = partial(train, plan.model, size, names)
     found["Decoding"] = partial(decoding_rows, plan, folder)
     found[f"Training gpt2-large, batch {small}"] = partial(train, plan.large, small, [OURS, PEFT])

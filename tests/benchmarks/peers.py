@@ -36,9 +36,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
 
 
-def start(use_gpu: bool, precision: str) -> Runtime:
+def start(use_gpu: bool, precision: str, **more: bool) -> Runtime:
     """The runtime of a script with these flags."""
-    return start_runtime(RuntimeConfig(use_gpu, precision), seed=0)
+    return start_runtime(RuntimeConfig(use_gpu, precision, **more), seed=0)
 
 
 def make_trainer(model: nn.Module, loss: Callable, config: FitConfig, runtime: Runtime) -> Trainer:

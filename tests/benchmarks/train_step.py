@@ -63,7 +63,7 @@ from tests.benchmarks.plain import PlainParaphrase
 
 Batch = dict[str, Tensor]
 OURS, PEFT, PLAIN = "this project", "transformers + PEFT", "plain PyTorch"
-LOREFT = "this project, LoReFT"
+LOREFT, NO_GRAPHS = "this project, LoReFT", "this project, no CUDA graphs"
 
 
 class PeftParaphrase(nn.Module):
@@ -173,11 +173,17 @@ def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
 
 def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
     """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
-    runtime = start(args.use_gpu, args.precision)
+    own = name in (OURS, NO_GRAPHS, LOREFT)
+    flags = {
+        "compile": args.compile and own,
+        "gradient_checkpointing": args.gradient_checkpointing and own,
+        "no_graphs": name == NO_GRAPHS or not own,
+    }
+    runtime = start(args.use_gpu, args.precision, **flags)
     model = make_model(args, folder, name, runtime.autocast_dtype or torch.float32)
-    if name in (OURS, LOREFT):
+    if own:
         model.gpt.gradient_checkpointing = args.gradient_checkpointing
-        runtime.prepare(model, args.compile)
+        runtime.prepare(model)
     model.to(runtime.device).train()
     loss = sonnet_loss if args.task == "sonnet" else paraphrase_loss
     trainer = make_trainer(model, loss, FitConfig(lr=1e-4, weight_decay=0.0), runtime)

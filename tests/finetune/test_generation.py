@@ -117,6 +117,25 @@ def test_in_fixed_shapes_greedy_texts_are_the_same(gpt, adapter):
     assert decode(gpt, PROMPTS, greedy=True, runtime=fixed) == expected
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError("not permitted")])
+def test_a_token_by_a_graph_is_a_token_without(gpt, recorder, capsys, error):
+    class ByGraphs(FixedShapes):
+        decodes_by_graphs = True
+
+    made, n_new = recorder(error=error), gpt.config.n_positions - max(map(len, PROMPTS))
+    for greedy in (True, False):
+        fixed, by_graphs = (
+            decode(gpt, PROMPTS, n_new, end=-1, greedy=greedy, runtime=kind(torch.device("cpu")))
+            for kind in (FixedShapes, ByGraphs)
+        )
+        assert by_graphs == fixed
+        assert max(map(len, fixed)) == gpt.config.n_positions
+    if error:
+        assert capsys.readouterr().out.count("decoding goes on without CUDA graphs") == 2
+    else:
+        assert made.n_replays > made.n == 2
+
+
 def test_in_fixed_shapes_a_text_depends_on_no_neighbour_and_ends_by_itself(gpt):
     fixed = FixedShapes(torch.device("cpu"))
     together = decode(gpt, PROMPTS, 30, runtime=fixed)
