@@ -231,6 +231,37 @@ def a_token(adapter: str) -> dict:
     return {"launches": later - launched, "host_reads": n_later - n_reads, "faults": faults}
 
 
+@torch.no_grad()
+def hf_token() -> dict:
+    """What `transformers` launches for the third token of 12 rows, sampled as by `a_token`.
+
+    `generate` itself reads values on the way, which a dry run has not.
+    """
+    import transformers
+
+    width, layers, heads = GPT2
+    config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+    prompts = torch.ones(12, 30, dtype=torch.long)
+    with fake_cuda() as mode:
+        with CUDA:
+            peer = transformers.GPT2LMHeadModel(config).eval()
+        for parameter in peer.parameters():
+            parameter.data = parameter.data.bfloat16()
+        ids = new = mode.from_tensor(prompts).to(CUDA)
+        mask, cache = torch.ones_like(ids), transformers.DynamicCache(config=config)
+        warpers = [transformers.TemperatureLogitsWarper(1.2), transformers.TopPLogitsWarper(0.9)]
+        for _ in range(3):
+            with Kernels() as kernels:
+                position = (mask.cumsum(1) - 1)[:, -new.shape[1] :]
+                out = peer(new, attention_mask=mask, position_ids=position, past_key_values=cache)
+                scores = out.logits[:, -1].float()
+                for warper in warpers:
+                    scores = warper(ids, scores)
+                new = torch.multinomial(scores.softmax(1), 1)
+                ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    return {"launches": kernels.launched, "faults": sorted(kernels.copied_to_host)}
+
+
 def attempt(step: Callable[..., dict], *arguments: object) -> dict:
     """The step's report, or its error, such as of mixed devices or of a value that is read."""
     try:
@@ -248,4 +279,5 @@ def main() -> None:
     reports |= {name: attempt(our_step, Case(), change) for name, change in WRONG.items()}
     reports |= {name: attempt(a_token, adapter) for name, adapter in TOKENS.items()}
     reports |= {f"PEFT: {name}": attempt(peft_step, STEPS[name]) for name in PEERS}
+    reports["transformers: a token"] = attempt(hf_token)
     print(json.dumps(reports))
