@@ -17,19 +17,14 @@ tables are Markdown, and the last line is JSON. A part that fails leaves the oth
 import argparse
 import contextlib
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import Tensor, nn
 
 from finetune.loop import FitConfig
@@ -40,7 +35,7 @@ from models.sonnet_gpt import sonnet_loss
 from modules.adapters import trainable
 from modules.lora import LoRAConfig
 from modules.reft import TYPES, ReFTConfig
-from tests.benchmarks import generation, train_step
+from tests.benchmarks import generation, results, train_step
 from tests.benchmarks.peers import (
     Worker,
     find_model,
@@ -49,9 +44,9 @@ from tests.benchmarks.peers import (
     start,
     take_turns,
 )
+from tests.benchmarks.results import Row
 from tests.benchmarks.train_step import LOREFT, NO_GRAPHS, OURS, PEFT
 
-Row = dict[str, str | float]
 TOLERANCE = 1e-3
 DIFFERENCES = ("difference", "of gradients, relative")
 ADAPTERS = {"LoRA": LoRAConfig(rank=8)} | {name: ReFTConfig(name) for name in TYPES}
@@ -225,18 +220,10 @@ def decoding_rows(plan: Plan, folder: Path) -> list[Row]:
 
 def about(plan: Plan) -> dict[str, Any]:
     """When, where and with what."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     runtime = start(plan.use_gpu, "auto")
-    return {
-        "date": date.today().isoformat(),
-        "device": runtime.device_name,
-        "precision": str(runtime.autocast_dtype or torch.float32),
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-    } | versions
+    precision = str(runtime.autocast_dtype or torch.float32)
+    more = {"device": runtime.device_name, "precision": precision, "cuda": torch.version.cuda}
+    return results.about() | more
 
 
 def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
@@ -259,23 +246,11 @@ def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     return found
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table."""
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(map(cell, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="gpt2-nano on the CPU, for a test")
     plan = TINY if parser.parse_args().tiny else FULL
-    results, failed = {"about": about(plan)}, []
+    found, failed = {"about": about(plan)}, []
     for title, measure in parts(plan).items():
         print(f"\n{title}\n", flush=True)
         try:
@@ -283,10 +258,10 @@ def main() -> None:
         except (EOFError, ConnectionError):  # of a process that has ended with a traceback
             failed.append(title)
             continue
-        print(markdown(rows), flush=True)
-        results[title] = rows
+        print(results.markdown(rows), flush=True)
+        found[title] = rows
         failed += [title] if wrong(rows) else []
-    print(f"\n{json.dumps(results)}")
+    print(f"\n{json.dumps(found)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,80 +1,241 @@
-"""LoRA and ReFT at the same number of trainable parameters, each at its best learning rate.
+"""LoRA, ReFT and the fine-tuning of all weights, each at its best learning rate.
 
+    python -m tests.benchmarks.methods paraphrase --train FILE --dev FILE
     python -m tests.benchmarks.methods sonnet
-    python -m tests.benchmarks.methods paraphrase --para_train FILE --para_dev FILE --para_test FILE
 
-Runs the scripts themselves: every method with every learning rate and the first seed, then with
-the best of them, by the metric that early stopping follows, and the other seeds. Flags that this
-program does not know go to the scripts. Prints a row a method: mean and standard deviation.
+The scripts themselves are run with gpt2-nano. Every method gets the same search: four learning
+rates, one seed, the best by a validation split of the training data, and more rates beyond the best
+if it is the smallest or the largest. Then it is run with other seeds at its best rate; a run's best
+epoch is chosen on the validation split, too, and the dev data are looked at once.
+
+The runs are kept in the result file: a program that was stopped goes on where it was.
 """
 
 import argparse
+import csv
 import json
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from data.pairs import Pairs, read_pairs
+from data.sonnets import Sonnet, read_sonnets
+from finetune.arguments import DATA
+from finetune.metrics import chrf
+from tests.benchmarks import overlap, results
+from tests.benchmarks.results import Row
 from tests.conftest import ROOT
 
-METHODS = {  # name -> script, flags; 73,728 parameters of gpt2-nano train, or 73,872
-    "LoRA": ("lora", "--lora_rank 4"),
-    "ReFT adapter": ("reft", "--reft_rank 18"),
-    "LoReFT": ("reft", "--reft_rank 18 --reft_type loreft"),
-    "DiReFT": ("reft", "--reft_rank 18 --reft_type direft"),
+RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+FIRST_RATES = RATES[1:5]
+FULL = "all weights"
+SEARCH_SEED, SEEDS = 11711, [1, 2, 3, 4, 5]
+# The original project trains ReFT of rank 4 after attention; at rank 36 it has as many parameters
+# as LoRA of rank 4.
+METHODS = {  # name -> script and flags
+    "LoRA, rank 8": "lora --lora_rank 8",
+    "LoRA, rank 4": "lora --lora_rank 4",
+    "ReFT adapter, rank 36": "reft --reft_type adapter --reft_rank 36",
+    "LoReFT, rank 36": "reft --reft_type loreft --reft_rank 36",
+    "ReFT adapter, rank 4": "reft --reft_type adapter --reft_rank 4",
+    "LoReFT, rank 4": "reft --reft_type loreft --reft_rank 4",
+    "DiReFT, rank 4": "reft --reft_type direft --reft_rank 4",
+    FULL: "full --lora_rank 4",  # which says only what the run is called
 }
-TASKS = {  # name -> script, its flags, metric, sign of better
-    "paraphrase": ("paraphrase_detection", "--batch_size 12", "dev_accuracy", 1),
-    "sonnet": ("sonnet_generation", "--epochs 4", "val_loss", -1),
-}
-SHOWN = {
-    "paraphrase": ["dev_accuracy", "dev_macro_f1", "dev_loss"],
-    "sonnet": ["val_loss", "dev_loss", "dev_chrf"],
-}
+SCRIPTS = {"paraphrase": "paraphrase_detection", "sonnet": "sonnet_generation"}
+COMMON = (
+    "--model_size gpt2-nano --lr_schedule linear --warmup_ratio 0.1 --early_stopping_patience 0"
+)
+SETTINGS = {"paraphrase": "--epochs 3 --batch_size 12", "sonnet": "--epochs 8 --temperature 0.9"}
+CHOSEN_BY = {"paraphrase": ("validation accuracy", max), "sonnet": ("validation loss", min)}
 
 
-def one_run(task: str, method: str, lr: float, seed: int, flags: list[str]) -> dict[str, float]:
-    """The final metrics of a run, its trainable parameters and its seconds of training."""
-    kind, method_flags = METHODS[method]
-    script, task_flags, *_ = TASKS[task]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, ROOT / f"{kind}_{script}.py", "--model_size", "gpt2-nano",
-            "--lr", str(lr), "--seed", str(seed), "--lr_schedule", "linear",
-            "--warmup_ratio", "0.1", *method_flags.split(), *task_flags.split(), *flags,
-        ]  # fmt: skip
-        files = ["sonnet_out"] if task == "sonnet" else ["para_dev_out", "para_test_out"]
-        for name in files:
-            command += [f"--{name}", f"{folder}/{name}"]
-        command += ["--runs_dir", folder]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        path = Path(folder) / f"{kind}-{task}-metrics.json"
-        metrics = json.loads(path.read_text())
-    about = {name: metrics[name] for name in ("trainable_parameters", "train_seconds")}
-    return metrics["final"] | about
+class Data:
+    """The files of a task's runs, in a temporary folder."""
+
+    def __init__(self, task: str, train: Path, dev: Path, limit_train: int | None, folder: Path):
+        self.task, self.folder = task, folder
+        if task == "paraphrase":
+            self.dev = read_pairs(dev, labelled=True)
+            pairs = read_pairs(train, labelled=True, limit=limit_train)
+            order = random.Random(0).sample(range(len(pairs.ids)), len(pairs.ids))
+            n_validation = len(order) // 10
+            self.train = write_pairs(folder / "train.csv", pairs, order[n_validation:])
+            self.validation = write_pairs(folder / "validation.csv", pairs, order[:n_validation])
+            files = {"para_train": self.train.path, "para_dev": self.validation.path}
+            files |= {"para_test": write_pairs(folder / "dev.csv", self.dev).path}
+            files |= {name: folder / name for name in ("para_dev_out", "para_test_out")}
+        else:
+            # The dev poems are continued in the place of those that nothing is known of.
+            files = {"held_out_sonnet_path": DATA / "sonnets_held_out_dev.txt"}
+            files |= {"sonnet_out": folder / "sonnets.txt"}
+        self.flags = [str(word) for name, path in files.items() for word in (f"--{name}", path)]
+
+    def about(self) -> dict[str, int]:
+        """How many examples there are of each kind."""
+        if self.task == "sonnet":
+            return {}
+        splits = {"train": self.train, "validation": self.validation, "dev": self.dev}
+        return {name: len(pairs.ids) for name, pairs in splits.items()}
+
+
+def write_pairs(path: Path, pairs: Pairs, rows: list[int] | None = None) -> Pairs:
+    """Write some of the pairs to a file of the course's format; returns them."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["id", "sentence1", "sentence2", "is_duplicate"])
+        for i in range(len(pairs.ids)) if rows is None else rows:
+            writer.writerow([pairs.ids[i], pairs.first[i], pairs.second[i], float(pairs.labels[i])])
+    return read_pairs(path, labelled=True)
+
+
+def one_run(data: Data, method: str, lr: float, seed: int) -> dict[str, Any]:
+    """What a run of the method's script reached."""
+    kind, *flags = METHODS[method].split()
+    flags += [*COMMON.split(), *SETTINGS[data.task].split(), *data.flags]
+    flags += ["--lr", str(lr), "--seed", str(seed)]
+    program = [f"{ROOT}/{kind}_{SCRIPTS[data.task]}.py"]
+    if kind == "full":
+        program = ["-m", "tests.benchmarks.full", f"lora_{SCRIPTS[data.task]}"]
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, *program, *flags, "--runs_dir", runs]
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    (path,) = data.folder.glob("*-metrics.json")
+    metrics = json.loads(path.read_text())
+    path.unlink()
+    final = metrics["final"]
+    found = {"parameters": metrics["trainable_parameters"], "seconds": metrics["train_seconds"]}
+    if data.task == "paraphrase":
+        predictions = read_predictions(data.folder / "para_test_out")
+        return found | {
+            "validation accuracy": final["dev_accuracy"],
+            "dev accuracy": float(np.mean(predictions == np.array(data.dev.labels))),
+        }
+    poems = read_sonnets(data.folder / "sonnets.txt")
+    return found | {
+        "validation loss": final["val_loss"],
+        "dev loss": final["dev_loss"],
+        "chrF": final["dev_chrf"],
+        "form": {key: final[key] for key in final["shakespeare"]},
+        "poems": [list(poem.lines) for poem in poems],
+    }
+
+
+def read_predictions(path: Path) -> np.ndarray:
+    """The classes of a prediction file."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return np.array([int(line.rpartition(",")[2]) for line in lines])
+
+
+class Runs:
+    """The runs of a result file, which is written anew after each."""
+
+    def __init__(self, name: str, data: Data):
+        self.name, self.data = name, data
+        self.runs: dict[str, dict[str, Any]] = results.load(name).get("runs", {})
+
+    def get(self, method: str, lr: float, seed: int) -> dict[str, Any]:
+        """The run, made now if it is not there."""
+        key = f"{method}, lr {lr:g}, seed {seed}"
+        if key not in self.runs:
+            self.runs[key] = one_run(self.data, method, lr, seed)
+            results.save(self.name, [], runs=self.runs)
+            shown = {name: v for name, v in self.runs[key].items() if isinstance(v, float)}
+            print(key, shown, flush=True)
+        return self.runs[key]
+
+    def best_rate(self, method: str) -> float:
+        """The rate that the search finds, none at the edge of what it tried."""
+        metric, best_of = CHOSEN_BY[self.data.task]
+        first, last = RATES.index(FIRST_RATES[0]), RATES.index(FIRST_RATES[-1])
+        while True:
+            tried = {lr: self.get(method, lr, SEARCH_SEED) for lr in RATES[first : last + 1]}
+            best = best_of(tried, key=lambda lr: tried[lr][metric])
+            if best == RATES[first] and first > 0:
+                first -= 1
+            elif best == RATES[last] and last < len(RATES) - 1:
+                last += 1
+            else:
+                return best
+
+
+def row(method: str, lr: float, runs: list[dict[str, Any]]) -> Row:
+    """Means and standard deviations over the seeds."""
+    found: Row = {"method": method, "parameters": runs[0]["parameters"], "lr": f"{lr:g}"}
+    for name, value in runs[0].items():
+        if isinstance(value, float) and name != "seconds":
+            values = [run[name] for run in runs]
+            found[name] = [statistics.mean(values), statistics.stdev(values)]
+    for name in runs[0].get("form", {}):
+        found[name.replace("_", " ")] = statistics.mean(run["form"][name] for run in runs)
+    return found
+
+
+def behind_the_best(rows: list[Row], column: str, n: int, best_of: Any) -> None:
+    """Add to each row its distance from the best one, in standard errors of the difference."""
+    best = best_of(rows, key=lambda row: row[column][0])
+    for each in rows:
+        error = ((each[column][1] ** 2 + best[column][1] ** 2) / n) ** 0.5
+        distance = abs(each[column][0] - best[column][0])
+        each["behind the best"] = "" if each is best else f"{distance / error:.1f} s.e."
+
+
+def baselines(data: Data) -> list[Row]:
+    """What needs no language model."""
+    labels = np.array(data.dev.labels)
+    overlaps = overlap.predict(data.train, data.dev)
+    return [
+        {"method": "counting shared words", "dev accuracy": float(np.mean(overlaps == labels))},
+        {"method": 'always "no"', "dev accuracy": float(np.mean(labels == 0))},
+    ]
+
+
+def chosen_poems(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Of all dev poems of a method, the best and the median one by their own chrF."""
+    gold = read_sonnets(DATA / "TRUE_sonnets_held_out_dev.txt")
+    scored = [
+        (chrf([Sonnet(true.number, tuple(lines))], [true]), lines)
+        for run in runs
+        for true, lines in zip(gold, run["poems"], strict=True)
+    ]
+    scored.sort(key=lambda pair: pair[0])
+    return {"best": scored[-1][1], "median": scored[len(scored) // 2][1]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11711, 11712, 11713])
+    parser.add_argument("task", choices=SCRIPTS)
+    parser.add_argument("--train", type=Path, default=DATA / "quora-train.csv")
+    parser.add_argument("--dev", type=Path, default=DATA / "quora-dev.csv")
+    parser.add_argument("--limit_train", type=int, help="only the first N pairs")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    args, flags = parser.parse_known_args()
-    flags = [str(Path(f).resolve()) if Path(f).is_file() else f for f in flags]
-    *_, metric, sign = TASKS[args.task]
-    for method in args.methods:
-        sweep = {lr: one_run(args.task, method, lr, args.seeds[0], flags) for lr in args.lrs}
-        best = max(args.lrs, key=lambda lr: sign * sweep[lr][metric])
-        others = [one_run(args.task, method, best, seed, flags) for seed in args.seeds[1:]]
-        runs = [sweep[best], *others]
-        row = f"{method:<14} lr {best:g}, {runs[0]['trainable_parameters']:,} parameters"
-        for name in [*SHOWN[args.task], "train_seconds"]:
-            values = [run[name] for run in runs]
-            row += f", {name} {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
-        tried = ", ".join(f"{lr:g}: {run[metric]:.4f}" for lr, run in sweep.items())
-        print(f"{row} (sweep {tried})", flush=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--name", help="of the result file [TASK-methods]")
+    args = parser.parse_args()
+    name, (metric, best_of) = args.name or f"{args.task}-methods", CHOSEN_BY[args.task]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Data(args.task, args.train, args.dev, args.limit_train, Path(folder))
+        runs, rows, by_method = Runs(name, data), [], {}
+        for method in args.methods:
+            lr = runs.best_rate(method)
+            by_method[method] = [runs.get(method, lr, seed) for seed in args.seeds]
+            rows.append(row(method, lr, by_method[method]))
+        column = metric.replace("validation", "dev")
+        behind_the_best(rows, column, len(args.seeds), best_of)
+        more: dict[str, Any] = {"examples": data.about(), "seeds": args.seeds, "runs": runs.runs}
+        if args.task == "paraphrase":
+            rows += baselines(data)
+        else:
+            adapted = [row for row in rows if row["method"] != FULL]
+            best = min(adapted, key=lambda row: row[column][0])["method"]
+            more["poems"] = {"method": best} | chosen_poems(by_method[best])
+        results.save(name, rows, **more)
 
 
 if __name__ == "__main__":

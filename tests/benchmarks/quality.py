@@ -5,9 +5,8 @@
 
 gpt2-nano, batches of 12, a constant learning rate, AdamW. Ours is the script itself. The peer is a
 plain loop over shuffled, padded batches: transformers + PEFT for `lora`, and for `loreft` pyreft's
-intervention at the hook points of our model. Each run's result is a line of the file --results;
-runs found there are not made again. Prints mean and deviation, and the difference of the means in
-standard errors.
+intervention at the hook points of our model. The runs are kept in the result file: a program that
+was stopped goes on where it was.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +24,12 @@ from torch import Tensor, nn
 
 from data.pairs import read_pairs
 from datasets import answer_ids, make_prompt
+from finetune.arguments import DATA
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
 from models.pretrained import BUNDLED, load_tokenizer
+from tests.benchmarks import results
+from tests.benchmarks.results import Row
 from tests.benchmarks.train_step import PeftParaphrase
 from tests.conftest import ROOT, pyreft_interventions
 
@@ -140,55 +141,45 @@ def accuracy(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def summarize(results: dict[str, list[list[float]]], peer: str) -> None:
-    """Mean, deviation and difference after each epoch."""
-    for epoch, _ in enumerate(results[OURS][0]):
-        values = {name: [run[epoch] for run in runs] for name, runs in results.items()}
+def rows_of(found: dict[str, list[list[float]]], peer: str) -> list[Row]:
+    """After each epoch: means, deviations, and the difference of the means in standard errors."""
+    rows = []
+    for epoch, _ in enumerate(found[OURS][0]):
+        values = {name: [run[epoch] for run in runs] for name, runs in found.items()}
         means = {name: statistics.mean(v) for name, v in values.items()}
-        for name, v in values.items():
-            deviation = statistics.stdev(v) if len(v) > 1 else 0.0
-            runs = " ".join(f"{x:.4f}" for x in v)
-            print(f"epoch {epoch + 1}  {name:<20} {means[name]:.4f} +- {deviation:.4f}  ({runs})")
-        if all(len(v) > 1 for v in values.values()):
-            error = sum(statistics.variance(v) / len(v) for v in values.values()) ** 0.5
-            difference = means[OURS] - means[peer]
-            print(f"epoch {epoch + 1}  difference {difference:+.4f}, {difference / error:+.2f} "
-                  "standard errors")  # fmt: skip
+        error = sum(statistics.variance(v) / len(v) for v in values.values()) ** 0.5
+        row: Row = {"dev accuracy after": f"epoch {epoch + 1}"}
+        row |= {name: [means[name], statistics.stdev(v)] for name, v in values.items()}
+        difference = (means[OURS] - means[peer]) / error
+        rows.append(row | {"difference": f"{difference:+.1f} standard errors"})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--dev", type=Path, required=True)
+    parser.add_argument("--train", type=Path, default=DATA / "quora-train.csv")
+    parser.add_argument("--dev", type=Path, default=DATA / "quora-dev.csv")
     parser.add_argument("--limit_train", type=int, default=10**9)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--results", type=Path, help="a file of one JSON object a line")
-    parser.add_argument("--sides", choices=["ours", "peer"], nargs="+", default=["ours", "peer"])
     args = parser.parse_args()
-    peer = METHODS[args.method][2]
-    sides = {"ours": (OURS, our_run), "peer": (peer, peer_run)}
-    lines = args.results.read_text().splitlines() if args.results and args.results.exists() else []
-    done = [json.loads(line) for line in lines]
-    results = {name: [] for name, _ in sides.values()}
+    name, peer = f"quality-{args.method}", METHODS[args.method][2]
+    runs = results.load(name).get("runs", {})
+    found: dict[str, list[list[float]]] = {OURS: [], peer: []}
     for seed in args.seeds:
-        for name, run in (sides[side] for side in args.sides):
-            key = [args.method, name, seed, args.epochs, args.lr, args.limit_train]
-            found = next((r for r in done if r["key"] == key), None)
-            started = time.perf_counter()
-            accuracies = found["dev_accuracy"] if found else run(args, seed)
-            results[name].append(accuracies)
-            if not found:
-                record = {"key": key, "dev_accuracy": accuracies}
-                record["seconds"] = round(time.perf_counter() - started)
-                print(json.dumps(record), flush=True)
-                if args.results:
-                    with args.results.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
-    if all(results.values()):
-        summarize(results, peer)
+        for side, run in ((OURS, our_run), (peer, peer_run)):
+            settings = f"lr {args.lr:g}, {args.epochs} epochs, limit {args.limit_train}"
+            key = f"{side}, {settings}, seed {seed}"
+            if key not in runs:
+                runs[key] = run(args, seed)
+                results.save(name, [], runs=runs)
+                print(key, runs[key], flush=True)
+            found[side].append(runs[key])
+    n = {"train": len(read_pairs(args.train, labelled=True, limit=args.limit_train).ids)}
+    n["dev"] = len(read_pairs(args.dev, labelled=True).ids)
+    results.save(name, rows_of(found, peer), examples=n, seeds=args.seeds, runs=runs)
 
 
 if __name__ == "__main__":

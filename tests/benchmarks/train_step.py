@@ -18,6 +18,7 @@ import argparse
 import csv
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.pretrained import load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from modules.kernels import SWITCH
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft
 from tests.benchmarks.peers import (
@@ -64,6 +66,7 @@ from tests.benchmarks.plain import PlainParaphrase
 Batch = dict[str, Tensor]
 OURS, PEFT, PLAIN = "this project", "transformers + PEFT", "plain PyTorch"
 LOREFT, NO_GRAPHS = "this project, LoReFT", "this project, no CUDA graphs"
+PLAIN_MODULES = "this project, not accelerated"
 
 
 class PeftParaphrase(nn.Module):
@@ -173,7 +176,9 @@ def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
 
 def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
     """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
-    own = name in (OURS, NO_GRAPHS, LOREFT)
+    own = name in (OURS, NO_GRAPHS, LOREFT, PLAIN_MODULES)
+    if name == PLAIN_MODULES:
+        os.environ[SWITCH] = "0"
     flags = {
         "compile": args.compile and own,
         "gradient_checkpointing": args.gradient_checkpointing and own,
@@ -198,7 +203,7 @@ def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Ca
         synchronize(runtime.device)
         return n / (time.perf_counter() - started)
 
-    load = our_epoch if name == OURS else usual_epoch
+    load = our_epoch if own else usual_epoch
     return {
         "step": lambda: train(lambda: batches),
         "epoch": lambda: train(lambda: load(args, folder)),

@@ -1,0 +1,76 @@
+"""The four demos: their time and their results, beside what needs no language model.
+
+python -m tests.benchmarks.demos
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.pairs import read_pairs
+from finetune.arguments import DATA
+from tests.benchmarks import overlap, results
+from tests.benchmarks.results import Row, cell
+from tests.conftest import ROOT
+
+SCRIPTS = [
+    f"{m}_{t}.py" for t in ("paraphrase_detection", "sonnet_generation") for m in ("lora", "reft")
+]
+WHAT = "`--demo` of"
+
+
+def demo(script: str, flags: list[str]) -> Row:
+    """A row of the table; the predictions and the run's folder are temporary."""
+    is_sonnet = "sonnet" in script
+    with tempfile.TemporaryDirectory() as folder:
+        names = ["sonnet_out"] if is_sonnet else ["para_dev_out", "para_test_out"]
+        outputs = [word for name in names for word in (f"--{name}", f"{folder}/{name}")]
+        command = [sys.executable, ROOT / script, "--demo", "--runs_dir", folder, *outputs, *flags]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+        seconds = time.perf_counter() - started
+        (path,) = Path(folder).glob("*-metrics.json")
+        metrics = json.loads(path.read_text())
+    return {WHAT: f"`{script}`", "time": f"{seconds:.0f} s", "result": result(metrics)}
+
+
+def result(metrics: dict[str, Any]) -> str:
+    final, trained = metrics["final"], f"{metrics['trainable_parameters']:,} parameters"
+    if metrics["task"] == "paraphrase":
+        return f"dev accuracy {cell(final['dev_accuracy'])}, {trained}"
+    before, after = final["val_loss_before_training"], final["val_loss"]
+    losses = f"validation loss {cell(before)} to {cell(after)} nats a token"
+    return f"{losses}, chrF {cell(final['dev_chrf'])}, {trained}"
+
+
+def without_model() -> list[Row]:
+    """What is reached on the dev pairs by counting shared words, and by always answering "no"."""
+    train, dev = (
+        read_pairs(DATA / f"sample-pairs-{name}.csv", labelled=True) for name in ("train", "dev")
+    )
+    labels = np.array(dev.labels)
+    right = np.mean(overlap.predict(train, dev) == labels)
+    return [
+        {WHAT: "counting shared words, no model", "result": f"dev accuracy {cell(float(right))}"},
+        {WHAT: 'always "no"', "result": f"dev accuracy {cell(float(np.mean(labels == 0)))}"},
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="demos", help="of the result file")
+    args, flags = parser.parse_known_args()
+    rows = [demo(script, flags) for script in SCRIPTS]
+    pairs, poems = rows[:2], rows[2:]
+    results.save(args.name, pairs + without_model() + poems)
+
+
+if __name__ == "__main__":
+    main()

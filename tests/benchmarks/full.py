@@ -1,0 +1,33 @@
+"""Fine-tune all weights, to have something to compare adapters with.
+
+    python -m tests.benchmarks.full lora_paraphrase_detection --model_size gpt2-nano --lr 3e-4 ...
+
+This is the LoRA script, with the whole model in the place of the adapter.
+"""
+
+import importlib
+import sys
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+
+def keep_all(gpt: nn.Module, config: Any, folder: Any) -> Any:
+    """In the place of `start_lora`: every weight is trained."""
+    gpt.requires_grad_(True)
+    return config
+
+
+def main() -> None:
+    sys.argv = sys.argv[1:]
+    script = importlib.import_module(sys.argv[0])
+    with (
+        mock.patch("finetune.peft_format.start_lora", keep_all),
+        mock.patch("modules.adapters.is_adapter", return_value=True),
+    ):
+        script.main(script.get_args())
+
+
+if __name__ == "__main__":
+    main()
