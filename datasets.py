@@ -228,19 +228,13 @@ def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, T
     None for a batch that needs no CUDA graph to keep a GPU busy, for one that would be longer than
     the model's positions, and for poems, whose targets are of ever new lengths.
     """
-    mask = batch["attention_mask"]
-    B, T = mask.shape
-    columns = (0, -T % 32)  # to add on the left and on the right
-    is_large = len(batch["token_index"]) > MOST_GRAPH_TOKENS
-    if is_large or "targets" in batch or T + columns[1] > n_positions:
+    (B, T), n_tokens = batch["input_ids"].shape, len(batch["token_index"])
+    width = T + -T % 32
+    if n_tokens > MOST_GRAPH_TOKENS or width > n_positions or "targets" in batch:
         return None
-    mask = F.pad(mask, columns)
-    index = token_index(mask.bool().numpy(), tile=max(64, B))
-    return batch | {
-        "input_ids": F.pad(batch["input_ids"], columns),
-        "attention_mask": mask,
-        "token_index": torch.from_numpy(index),
-    }
+    wider = {name: F.pad(batch[name], (0, width - T)) for name in ("input_ids", "attention_mask")}
+    index = token_index(wider["attention_mask"].bool().numpy(), tile=max(64, B))
+    return batch | wider | {"token_index": torch.from_numpy(index)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.pairs import Pairs
 from data.sonnets import Sonnet, read_sonnets
@@ -17,6 +18,7 @@ from datasets import (
     answer_ids,
     load_sonnets,
     make_prompt,
+    pad_to_few_shapes,
     pair_batch,
     prediction_rows,
     sonnet_batch,
@@ -155,6 +157,32 @@ def test_a_token_index_is_the_tokens_then_padding_up_to_whole_tiles():
     assert len(index) == 64
     assert len(set(index.tolist())) == 64
     assert len(token_index(mask[:1])) == 40  # there is no padding to take
+
+
+def test_padding_to_few_shapes_changes_no_token(pairs, nano_tokenizer):
+    data = tokenize_pairs(pairs, nano_tokenizer, 512)
+    batches = [batch for batch, _ in PairBatches(data, 4, seed=0).epoch(0)]
+    shapes = set()
+    for batch in batches:
+        padded = pad_to_few_shapes(batch, n_positions=512)
+        shapes.add((padded["input_ids"].shape, padded["token_index"].shape))
+        n = int(batch["attention_mask"].sum())
+        for name in ("input_ids", "attention_mask"):
+            found, expected = (
+                each[name].flatten()[each["token_index"][:n]] for each in (padded, batch)
+            )
+            assert found.tolist() == expected.tolist()
+            assert padded[name].sum() == batch[name].sum()
+        assert padded["labels"] is batch["labels"]
+    assert all(T % 32 == N[0] % 64 == 0 for (_, T), N in shapes)
+
+
+def test_what_would_be_no_graph_is_not_padded(pairs, nano_tokenizer):
+    (batch, _), *_ = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 4, seed=0).epoch(0)
+    assert pad_to_few_shapes(batch, n_positions=batch["input_ids"].shape[1]) is None
+    assert pad_to_few_shapes(batch | {"token_index": torch.arange(4097)}, 512) is None
+    poems = sonnet_batch([TokenizedSonnet([*range(20)], 5)])
+    assert pad_to_few_shapes(poems, n_positions=512) is None
 
 
 def test_prediction_batches_hold_every_pair_once(pairs, nano_tokenizer):
