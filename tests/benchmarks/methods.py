@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.pairs import Pairs, read_pairs
-from data.sonnets import Sonnet, read_sonnets
+from data.sonnets import Sonnet, read_sonnets, split_sonnets
 from finetune.arguments import DATA
 from finetune.metrics import chrf
 from tests.benchmarks import overlap, results
@@ -59,15 +59,15 @@ CHOSEN_BY = {"paraphrase": ("validation accuracy", max), "sonnet": ("validation 
 class Data:
     """The files of a task's runs, in a temporary folder."""
 
-    def __init__(self, task: str, train: Path, dev: Path, limit_train: int | None, folder: Path):
+    def __init__(self, task: str, train: Path, dev: Path, n_train: int | None, folder: Path):
         self.task, self.folder = task, folder
         if task == "paraphrase":
             self.dev = read_pairs(dev, labelled=True)
-            pairs = read_pairs(train, labelled=True, limit=limit_train)
+            pairs = read_pairs(train, labelled=True)
             order = random.Random(0).sample(range(len(pairs.ids)), len(pairs.ids))
-            n_validation = len(order) // 10
-            self.train = write_pairs(folder / "train.csv", pairs, order[n_validation:])
-            self.validation = write_pairs(folder / "validation.csv", pairs, order[:n_validation])
+            validation, rest = order[: len(order) // 10], order[len(order) // 10 :]
+            self.validation = write_pairs(folder / "validation.csv", pairs, validation)
+            self.train = write_pairs(folder / "train.csv", pairs, rest[:n_train])
             files = {"para_train": self.train.path, "para_dev": self.validation.path}
             files |= {"para_test": write_pairs(folder / "dev.csv", self.dev).path}
             files |= {name: folder / name for name in ("para_dev_out", "para_test_out")}
@@ -80,8 +80,10 @@ class Data:
     def about(self) -> dict[str, int]:
         """How many examples there are of each kind."""
         if self.task == "sonnet":
-            return {}
-        splits = {"train": self.train, "validation": self.validation, "dev": self.dev}
+            train, validation = split_sonnets(read_sonnets(DATA / "sonnets.txt"), seed=0)
+            dev = read_sonnets(DATA / "sonnets_held_out_dev.txt")
+            return {"training": len(train), "validation": len(validation), "dev": len(dev)}
+        splits = {"training": self.train, "validation": self.validation, "dev": self.dev}
         return {name: len(pairs.ids) for name, pairs in splits.items()}
 
 
@@ -213,14 +215,14 @@ def main() -> None:
     parser.add_argument("task", choices=SCRIPTS)
     parser.add_argument("--train", type=Path, default=DATA / "quora-train.csv")
     parser.add_argument("--dev", type=Path, default=DATA / "quora-dev.csv")
-    parser.add_argument("--limit_train", type=int, help="only the first N pairs")
+    parser.add_argument("--n_train", type=int, help="pairs to train on [all but the validation's]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--name", help="of the result file [TASK-methods]")
     args = parser.parse_args()
     name, (metric, best_of) = args.name or f"{args.task}-methods", CHOSEN_BY[args.task]
     with tempfile.TemporaryDirectory() as folder:
-        data = Data(args.task, args.train, args.dev, args.limit_train, Path(folder))
+        data = Data(args.task, args.train, args.dev, args.n_train, Path(folder))
         runs, rows, by_method = Runs(name, data), [], {}
         for method in args.methods:
             lr = runs.best_rate(method)

@@ -91,14 +91,20 @@ def cell(value: Any) -> str:
     return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
 
 
-def caption(about: dict[str, Any]) -> str:
-    """By which command, when, where and with what a table was measured."""
+def caption(result: dict[str, Any]) -> str:
+    """By which command, when, where and with what a table was measured, on how many examples."""
+    about, counts = result["about"], result.get("examples", {})
     day = date.fromisoformat(about["date"])
     text = (
         f"`{about['command']}`, {day.day} {day:%B %Y}, {about['machine']}, commit "
         f"{about['commit']}, PyTorch {about['torch']}, transformers {about['transformers']}, "
-        f"PEFT {about['peft']}."
+        f"PEFT {about['peft']}"
     )
+    if counts:
+        text += "; examples: " + ", ".join(f"{n:,} {split}" for split, n in counts.items())
+    if "seeds" in result:
+        text += f"; mean ± standard deviation over {len(result['seeds'])} seeds"
+    text += "."
     return textwrap.fill(text, 100, break_on_hyphens=False, break_long_words=False)
 
 
@@ -108,7 +114,7 @@ def filled(text: str) -> str:
     def table(place: re.Match) -> str:
         begin, name, end = place.groups()
         result = load(name)
-        return f"{begin}\n{markdown(result['rows'])}\n\n{caption(result['about'])}\n{end}"
+        return f"{begin}\n{markdown(result['rows'])}\n\n{caption(result)}\n{end}"
 
     return PLACE.sub(table, text)
 
