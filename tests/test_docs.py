@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import shlex
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from finetune import ask
+from tests.benchmarks import results
 from tests.scripts import ROOT, run_script
 
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -22,6 +24,16 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*_*_*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"[\w.-]+\.(py|md|sh)|[\w.-]+(/[\w.-]+)*/[\w.-]*")
 MADE_BY_A_RUN = re.compile(r"(predictions|runs|\.venv)/|data/(quora-|course)")
+RESULTS = sorted(results.RESULTS.glob("*.json"))
+NUMBER = r"(?<![\w.])(?:\d[\d,]*)?\.?\d+(?![\w.]*\w)"
+UNIT = r"%|s\b|seconds|minutes|Mi?B|(?:pairs|tokens)/s|times|standard errors|GFLOP"
+SETTINGS = {  # figures of the texts that no benchmark measures
+    **dict.fromkeys(["3.10", "0.6", "0.1", "0.21", "0.7"], "versions"),
+    **dict.fromkeys(["1.2", "0.9", "0.01", "1.0"], "defaults of flags, and a label"),
+    **dict.fromkeys(["38", "41", "20", "11", "8"], "the corpus of gpt2-nano"),
+    **dict.fromkeys(["5.4", "11.5", "90"], "pretraining.json in millions and minutes"),
+    "65": "what the authors of ReFT say",
+}
 FOREIGN_FLAGS = {"--nproc_per_node", "--logdir"}  # of torchrun and TensorBoard
 
 
@@ -45,6 +57,26 @@ def inline_code(path: Path) -> list[str]:
 def flags(text: str) -> set[str]:
     """All flags in a text."""
     return set(re.findall(r"--[a-z]\w+", text))
+
+
+def figures(path: Path) -> set[str]:
+    """The numbers of a document's text that look measured: with a point, or before a unit."""
+    text = results.PLACE.sub("", FENCE.sub("", path.read_text()))
+    text = re.sub(r"`[^`\n]+`|\]\([^)]*\)", "", text)
+    found = re.finditer(rf"({NUMBER})(\s?(?:{UNIT}))?", text)
+    return {match[1] for match in found if "." in match[1] or match[2]}
+
+
+def numbers(value: object) -> set[str]:
+    """All numbers of a result, as a text may have them: with fewer digits, shares without 0."""
+    if isinstance(value, dict):
+        value = [each for key, each in value.items() if key != "runs"]
+    if isinstance(value, list):
+        return set().union(*map(numbers, value))
+    if isinstance(value, str | None):
+        return set(re.findall(NUMBER, value or ""))
+    found = {f"{value:,.{digits}f}" for digits in range(5)}
+    return found | {text.replace("0.", ".", 1) for text in found if abs(value) < 1}
 
 
 def each_with(found) -> pytest.MarkDecorator:
@@ -122,6 +154,18 @@ def test_links_pictures_and_paths_lead_to_files(path):
     words += sum(commands(path), [])
     paths = [word for word in words if PATH.fullmatch(word) and not MADE_BY_A_RUN.match(word)]
     assert [word for word in paths if not (ROOT / word).exists()] == []
+
+
+@each_with(lambda path: results.PLACE.search(path.read_text()))
+def test_tables_are_those_of_the_result_files(path):
+    assert results.filled(path.read_text()) == path.read_text()
+
+
+@each_with(lambda path: figures(path) - SETTINGS.keys())
+def test_figures_in_the_text_stand_in_result_files(path):
+    measured = set().union(*(numbers(results.load(file.stem)) for file in RESULTS))
+    measured |= numbers(json.loads((ROOT / "models/gpt2-nano/pretraining.json").read_text()))
+    assert figures(path) - SETTINGS.keys() - measured == set()
 
 
 def test_lines_have_100_columns_at_most_and_the_readme_150_lines():

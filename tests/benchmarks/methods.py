@@ -27,9 +27,9 @@ import numpy as np
 from data.pairs import Pairs, read_pairs
 from data.sonnets import Sonnet, read_sonnets, split_sonnets
 from finetune.arguments import DATA
-from finetune.metrics import chrf
+from finetune.metrics import chrf, sonnet_form
 from tests.benchmarks import overlap, results
-from tests.benchmarks.results import Row
+from tests.benchmarks.results import Row, cell
 from tests.conftest import ROOT
 
 RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -174,9 +174,15 @@ def row(method: str, lr: float, runs: list[dict[str, Any]]) -> Row:
         if isinstance(value, float) and name != "seconds":
             values = [run[name] for run in runs]
             found[name] = [statistics.mean(values), statistics.stdev(values)]
-    for name in runs[0].get("form", {}):
-        found[name.replace("_", " ")] = statistics.mean(run["form"][name] for run in runs)
+    if "form" in runs[0]:
+        found |= form_of([run["form"] for run in runs])
     return found
+
+
+def form_of(forms: list[dict[str, float]]) -> Row:
+    """The means of the poems' form; all have 14 lines, unless the model has no room for them."""
+    names = ("syllables_per_line", "rhyming_pairs", "longest_copied_run")
+    return {n.replace("_", " "): statistics.mean(float(form[n]) for form in forms) for n in names}
 
 
 def behind_the_best(rows: list[Row], column: str, n: int, best_of: Any) -> None:
@@ -198,7 +204,7 @@ def baselines(data: Data) -> list[Row]:
     ]
 
 
-def chosen_poems(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+def chosen_poems(method: str, runs: list[dict[str, Any]]) -> dict[str, str]:
     """Of all dev poems of a method, the best and the median one by their own chrF."""
     gold = read_sonnets(DATA / "TRUE_sonnets_held_out_dev.txt")
     scored = [
@@ -207,7 +213,14 @@ def chosen_poems(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
         for true, lines in zip(gold, run["poems"], strict=True)
     ]
     scored.sort(key=lambda pair: pair[0])
-    return {"best": scored[-1][1], "median": scored[len(scored) // 2][1]}
+    chosen = {"highest": scored[-1], "median": scored[len(scored) // 2]}
+    n = len(scored)
+    return {
+        f"Of {n} dev poems by {method}, the one with the {rank} chrF ({cell(score)})": "\n".join(
+            text
+        )
+        for rank, (score, text) in chosen.items()
+    }
 
 
 def main() -> None:
@@ -236,7 +249,12 @@ def main() -> None:
         else:
             adapted = [row for row in rows if row["method"] != FULL]
             best = min(adapted, key=lambda row: row[column][0])["method"]
-            more["poems"] = {"method": best} | chosen_poems(by_method[best])
+            more["texts"] = chosen_poems(best, by_method[best])
+            gold, train = (
+                read_sonnets(DATA / f"{part}sonnets{rest}.txt")
+                for part, rest in (("TRUE_", "_held_out_dev"), ("", ""))
+            )
+            rows.append({"method": "Shakespeare"} | form_of([sonnet_form(gold, train)]))
         results.save(name, rows, **more)
 
 

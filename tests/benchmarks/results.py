@@ -4,7 +4,7 @@
 
 puts the table of docs/results/NAME.json into README.md and docs/*.md, where they have a line
 `<!-- docs/results/NAME.json -->`, up to the next `<!-- end -->`. A result has rows, each a value
-by its column, and when, where and by which command it was measured.
+by its column, and when, where and by which command it was measured; it may have texts to show.
 """
 
 import json
@@ -114,7 +114,10 @@ def filled(text: str) -> str:
     def table(place: re.Match) -> str:
         begin, name, end = place.groups()
         result = load(name)
-        return f"{begin}\n{markdown(result['rows'])}\n\n{caption(result)}\n{end}"
+        parts = [markdown(result["rows"]), caption(result)]
+        for title, text in result.get("texts", {}).items():
+            parts += [f"{title}:", f"```text\n{text}\n```"]
+        return "\n".join([begin, "\n\n".join(parts), end])
 
     return PLACE.sub(table, text)
 
