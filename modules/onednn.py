@@ -11,8 +11,13 @@ MIN_SIZE = 5_000_000  # multiplications; oneDNN keeps 0.6 MB of code for each ne
 
 
 def matmul(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x W^T + b by the faster library; large float32 products of a CPU may go to oneDNN."""
-    if use_onednn(x) and x.numel() * len(W) >= MIN_SIZE:
+    """x W^T + b by the faster library; large float32 products of a CPU may go to oneDNN.
+
+    It has fast code for a W without gaps only: with one, as in a part of a fused layer's gradient,
+    it takes a thousand times as long.
+    """
+    is_dense = W.is_contiguous() or W.T.is_contiguous()
+    if use_onednn(x) and is_dense and x.numel() * len(W) >= MIN_SIZE:
         return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
     return F.linear(x, W, b)
 

@@ -63,11 +63,13 @@ def test_onednn_takes_large_float32_matmuls_and_no_others(monkeypatch):
     monkeypatch.setattr(onednn.F, "linear", lambda x, *_: counted.append(len(x)))
     large, W = torch.randn(400, 200), torch.randn(100, 200)
     assert matmul(large, W) is not None
+    matmul(large.T.contiguous().T, W.T.contiguous().T)  # transposed, but without gaps
     matmul(large[:40], W)
+    matmul(large[:390], torch.cat([W, W], 1)[:, :200])  # in a thousand times the time
     matmul(large.bfloat16(), W.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         matmul(large, W)
-    assert counted == [40, 400, 400]
+    assert counted == [40, 390, 400, 400]
 
 
 def test_onednn_leads_on_amds_cpus_with_avx512_alone(monkeypatch):
