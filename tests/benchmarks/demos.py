@@ -46,7 +46,7 @@ def result(metrics: dict[str, Any]) -> str:
     if metrics["task"] == "paraphrase":
         return f"dev accuracy {cell(final['dev_accuracy'])}, {trained}"
     before, after = final["val_loss_before_training"], final["val_loss"]
-    losses = f"validation loss {cell(before)} to {cell(after)} nats a token"
+    losses = f"loss {cell(before)} to {cell(after)} nats a token"
     return f"{losses}, chrF {cell(final['dev_chrf'])}, {trained}"
 
 

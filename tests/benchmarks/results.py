@@ -117,7 +117,7 @@ def filled(text: str) -> str:
         parts = [markdown(result["rows"]), caption(result)]
         for title, text in result.get("texts", {}).items():
             parts += [f"{title}:", f"```text\n{text}\n```"]
-        return "\n".join([begin, "\n\n".join(parts), end])
+        return begin + "\n\n".join(parts) + f"\n{end}"
 
     return PLACE.sub(table, text)
 

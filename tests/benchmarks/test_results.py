@@ -44,12 +44,11 @@ def test_a_document_gets_the_table_of_the_file_and_where_it_is_from(folder, caps
     text = results.filled(document)
     assert results.filled(text) == text
     _, begin, *parts, end = text.split("\n\n")
-    assert begin == "<!-- docs/results/some.json -->"
-    assert parts[0] == table
-    caption = parts[1].replace("\n", " ")
+    assert begin == f"<!-- docs/results/some.json -->\n{table}"
+    caption = parts[0].replace("\n", " ")
     assert saved["about"]["commit"] in caption
     assert "examples: 9,000 training; mean ± standard deviation over 2 seeds." in caption
-    assert parts[2:] == ["A poem:", "```text\nO!\n```\n<!-- end -->"]
+    assert parts[1:] == ["A poem:", "```text\nO!\n```\n<!-- end -->"]
     assert end == "more\n"
 
 
