@@ -23,8 +23,8 @@ from modules.reft import ReFTConfig, add_reft
 
 DEFAULTS = {"epochs": 3, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.01}
 DEFAULTS |= {"reft_rank": 4, "reft_alpha": 16.0, "reft_dropout": 0.0}
-DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 6e-3, "lr_schedule": "linear"}
-DEMO |= {"warmup_ratio": 0.1}
+DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
+DEMO |= {"warmup_ratio": 0.1, "reft_rank": 16, "reft_locations": ("attention", "ffn")}
 DEMO |= {
     "para_train": arguments.in_project("data/sample-pairs-train.csv"),
     "para_dev": arguments.in_project("data/sample-pairs-dev.csv"),

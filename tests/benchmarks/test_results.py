@@ -97,5 +97,5 @@ def test_rows_have_means_deviations_and_their_distance_from_the_best():
 
 def test_what_is_shared_is_counted():
     assert overlap.features("How do bees fly?", "how do birds fly") == [3, 1, 0.6, 0.75, 0.75]
-    shares = [float(row["result"].removeprefix("dev accuracy ")) for row in demos.without_model()]
-    assert shares == [0.799, 0.625]
+    (row_of_overlap,) = demos.without_model()
+    assert row_of_overlap["result"] == 'dev accuracy .799 (always "no": .625)'
