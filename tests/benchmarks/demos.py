@@ -46,7 +46,7 @@ def result(metrics: dict[str, Any]) -> str:
     if metrics["task"] == "paraphrase":
         return f"dev accuracy {cell(final['dev_accuracy'])}, {trained}"
     before, after = final["val_loss_before_training"], final["val_loss"]
-    losses = f"loss {cell(before)} to {cell(after)} nats a token"
+    losses = f"loss {cell(before)} to {cell(after)} nats"
     return f"{losses}, chrF {cell(final['dev_chrf'])}, {trained}"
 
 
@@ -59,7 +59,7 @@ def without_model() -> list[Row]:
     accuracies = [overlap.predict(train, dev) == labels, labels == 0]
     counting, always_no = (cell(float(np.mean(right))) for right in accuracies)
     result = f'dev accuracy {counting} (always "no": {always_no})'
-    return [{WHAT: "no model, but counting the words that two questions share", "result": result}]
+    return [{WHAT: "counting shared words, no model", "result": result}]
 
 
 def main() -> None:
