@@ -36,7 +36,7 @@ class Evil:
 
 def pytest_addoption(parser):
     group = parser.getgroup("faults")
-    group.addoption("--kills", type=int, default=15, help="how many runs test_faults.py kills")
+    group.addoption("--kills", type=int, default=10, help="how many runs test_faults.py kills")
     group.addoption("--fault_seed", type=int, default=0, help="decides when it kills them")
 
 

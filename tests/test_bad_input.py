@@ -103,7 +103,7 @@ USAGE = [  # script, flags, what is said
     (LP, "--seed 4294967296", "4294967296 is not a whole number of 0 or more and of 4294967295"),
     (LP, "--limit_train 0", "--limit_train: 0 is not a whole number of 1 or more"),
     (LP, "--save_every -1", "--save_every: -1 is not a whole number of 0 or more"),
-    (LP, "--precision fp8", "invalid choice: 'fp8' (choose from"),
+    (LP, "--precision fp8", "'fp8' is not one of auto, fp32, bf16"),
     (LP, "--model_size gpt3", "invalid choice: 'gpt3' (choose from"),
     (LP, "--epoch 3", "there is no flag --epoch: did you mean --epochs?"),
     (LP, "--predict_only --resume", "--predict_only and --resume contradict each other"),

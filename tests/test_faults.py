@@ -277,7 +277,7 @@ def small_disk(tmp_path):
 
 def test_a_full_and_a_read_only_disk_leave_what_was_there(small_disk):
     name, folder = "reft_pairs", small_disk
-    flags = "--reft_rank", "64"  # 3 MB of a run's state
+    flags = "--reft_rank", "32"  # 3 MB of a run's state
     assert wait(start(name, folder, *flags)) == 0, output(folder)
     done = outcome(folder)
     filler = folder / "filler"

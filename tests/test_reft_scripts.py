@@ -58,10 +58,11 @@ def test_paraphrase_run_writes_its_own_files(paraphrase):
     assert len((folder / "dev.csv").read_text().splitlines()) == 13
     assert len((folder / "test.csv").read_text().splitlines()) == 13
     metrics = json.loads((folder / "reft-paraphrase-metrics.json").read_text())
-    assert metrics["trainable_parameters"] == 4 * 2 * 4 * 256  # layers, W, rank, width
+    # layers, locations, matrices, rank, width
+    assert metrics["trainable_parameters"] == 4 * 2 * 2 * 16 * 256
     arguments = metrics["arguments"]
-    assert (arguments["batch_size"], arguments["reft_rank"], arguments["reft_dropout"]) == (8, 4, 0)
-    assert "8,192 of them trainable" in done.stdout
+    assert (arguments["batch_size"], arguments["reft_rank"]) == (8, 16)
+    assert "65,536 of them trainable" in done.stdout
 
 
 def test_sonnet_run_trains_the_layers_listed_and_continues_with_the_cache(sonnet):
@@ -96,6 +97,6 @@ def test_an_adapter_is_not_accepted_on_another_base_of_the_same_name(paraphrase,
     done = run_script(PARAPHRASE, tmp_path, *flags, "--predict_only", check=False)
     assert done.returncode == 1
     assert "does not exist: train first, by the same command" in done.stderr.splitlines()[-1]
-    other = run_folder(tmp_path) / "reft-checkpoint-500-1-0.002-4-paraphrase.pt"
+    other = run_folder(tmp_path) / "reft-checkpoint-500-1-0.002-16-paraphrase.pt"
     with pytest.raises(UserError, match="has base [0-9a-f]+, this run has 0"):
         load_adapter(other, torch.nn.Module(), {"base": "0"}, Runtime(torch.device("cpu")))

@@ -9,7 +9,7 @@ from torch.distributed import DistBackendError
 from datasets import SonnetBatches, TokenizedSonnet
 from finetune.ending import run
 from finetune.loop import FitConfig, Trainer, report_memory
-from finetune.runtime import LESS_MEMORY, Runtime
+from finetune.runtime import LESS_MEMORY, Runtime, RuntimeConfig
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.adapters import adapter_state
@@ -117,7 +117,7 @@ def test_on_a_gpu_the_report_names_the_memory_that_is_free(monkeypatch, capsys):
         adamw(model, FitConfig()),
         FitConfig(),
         4,
-        OnGPU(torch.device("cuda", 0)),
+        OnGPU(torch.device("cuda", 0), config=RuntimeConfig(no_graphs=True)),
     )
     report_memory(trainer, SonnetBatches(POEMS, 2, seed=0))
     printed = capsys.readouterr().out
