@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modules.adapters import count_parameters
 from modules.kernels import accelerate
-from modules.settings import UserError, setting
+from modules.settings import UserError, check_settings, setting
 
 Item = TypeVar("Item")
 PRECISIONS = {  # name -> autocast type
@@ -53,6 +53,9 @@ class RuntimeConfig:
         False, "on one CUDA GPU, the same bits in every run: slower, untested"
     )
     no_graphs: bool = setting(False, "on CUDA, launch kernels one by one, not as CUDA graphs")
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 @dataclass(frozen=True)

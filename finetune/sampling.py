@@ -98,7 +98,7 @@ def top_p_sample_at(logits: Tensor, temperature: float, top_p: float, u: Tensor)
     p = (logits / temperature).softmax(1)
     likeliest = p.sort(1, descending=True).values
     mass_before = likeliest.cumsum(1, dtype=torch.float64) - likeliest
-    n_kept = (mass_before < top_p).sum(1, keepdim=True)
+    n_kept = (mass_before < top_p).sum(1, keepdim=True).clamp(min=1)  # none if all are nan
     return _draw(torch.where(p >= likeliest.gather(1, n_kept - 1), p, 0), u)[:, 0]
 
 
@@ -107,4 +107,5 @@ def _draw(p: Tensor, u: Tensor) -> Tensor:
     # In float64: by rounding, cumulative sums would differ with the batch a row is in.
     mass = p.cumsum(1, dtype=torch.float64)
     # A little less, so that no u below 1 is rounded to the whole, which no token would pass.
-    return torch.searchsorted(mass, u * (1 - 2**-40) * mass[:, -1:], right=True)
+    chosen = torch.searchsorted(mass, u * (1 - 2**-40) * mass[:, -1:], right=True)
+    return chosen.clamp(max=p.shape[1] - 1)  # of nan, as a model in float16 may give

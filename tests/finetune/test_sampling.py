@@ -64,6 +64,13 @@ def test_the_ends_of_the_unit_interval_pick_tokens_that_are_kept(sample, u):
     assert sample(logits, 1.0, 0.9, [generator]).tolist() == [1 if u == 0 else 3]
 
 
+@both
+def test_logits_that_are_not_numbers_give_some_token(sample):
+    logits = torch.full((2, 5), torch.nan)
+    tokens = sample(logits, 1.0, 0.9, [np.random.default_rng(0)] * 2)
+    assert all(0 <= token < 5 for token in tokens.tolist())
+
+
 def test_penalty_and_ban_by_hand():
     logits = torch.tensor([[2.0, -2.0, 4.0], [1.0, 1.0, -torch.inf]])
     expected = [[1.0, -4.0, 4.0], [1.0, 1.0, -torch.inf]]
