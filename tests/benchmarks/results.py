@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,9 @@ def about() -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     spec = sys.modules["__main__"].__spec__
-    words = [f"python -m {spec.name}" if spec else "", *sys.argv[1:]]
+    paths = [Path(word) for word in sys.argv[1:]]
+    given = [f"data/{path.name}" if path.is_absolute() else str(path) for path in paths]
+    words = [f"python -m {spec.name}" if spec else "", *map(shlex.quote, given)]
     return {
         "command": " ".join(words),
         "date": date.today().isoformat(),
