@@ -17,7 +17,7 @@ INPUTS = (*DATA, "para_test", "held_out_sonnet_path", "dev_sonnet_path", "dev_go
 OUTPUTS = ("para_dev_out", "para_test_out", "sonnet_out")
 # Flags that decide predictions, but not the adapter.
 PREDICTION = {field.name for field in fields(SamplingConfig)} | {"num_samples", *INPUTS} - {*DATA}
-# Flags that change an adapter within rounding only: a resumed run must repeat them.
+# Flags that change rounding and how dropout is drawn: a resumed run must repeat them.
 MACHINE = {field.name for field in fields(RuntimeConfig)} - {"precision"}
 # Flags that change neither; the base checkpoint counts by its content.
 NEITHER = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged", *OUTPUTS}

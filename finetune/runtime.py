@@ -37,7 +37,7 @@ STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how to compute; no field but `precision` changes results by more than rounding."""
+    """Where and how to compute. Only `precision` decides a run; the others may redraw dropout."""
 
     use_gpu: bool = setting(False, "CUDA, else Apple's MPS")
     precision: str = setting(

@@ -63,7 +63,7 @@ class CUDAGraphs:
             self.graphs[shapes] = graph
             return found
         self.graphs.clear()
-        print(f"{self.what} goes on without CUDA graphs: {reason}")
+        print(f"{self.what} continues without CUDA graphs: {reason}")
         return expected
 
 

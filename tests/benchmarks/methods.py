@@ -8,7 +8,7 @@ rates, one seed, the best by a validation split of the training data, and more r
 if it is the smallest or the largest. Then it is run with other seeds at its best rate; a run's best
 epoch is chosen on the validation split, too, and the dev data are looked at once.
 
-The runs are kept in the result file: a program that was stopped goes on where it was.
+The runs are kept in the result file: a program that was stopped resumes where it was.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 gpt2-nano, batches of 12, a constant learning rate, AdamW. Ours is the script itself. The peer is a
 plain loop over shuffled, padded batches: transformers + PEFT for `lora`, and for `loreft` pyreft's
 intervention at the hook points of our model. The runs are kept in the result file: a program that
-was stopped goes on where it was.
+was stopped resumes where it was.
 """
 
 import argparse

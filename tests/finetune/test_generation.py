@@ -131,7 +131,7 @@ def test_a_token_by_a_graph_is_a_token_without(gpt, recorder, capsys, error):
         assert by_graphs == fixed
         assert max(map(len, fixed)) == gpt.config.n_positions
     if error:
-        assert capsys.readouterr().out.count("decoding goes on without CUDA graphs") == 2
+        assert capsys.readouterr().out.count("decoding continues without CUDA graphs") == 2
     else:
         assert made.n_replays > made.n == 2
 

@@ -39,7 +39,7 @@ def test_a_graph_that_fails_is_not_used_and_one_line_says_so(recorder, capsys, a
     expected = [noisy_double(torch.ones(3))[0] for _ in range(4)]
     assert all(map(torch.equal, found, expected))
     assert made.n == 1
-    assert capsys.readouterr().out == f"training goes on without CUDA graphs: {reason.strip()}\n"
+    assert capsys.readouterr().out == f"training continues without CUDA graphs: {reason.strip()}\n"
     assert recorder.streams == (["stream"] if "error" in about else [])
 
 
