@@ -1,5 +1,6 @@
 """Question pairs and sonnets from text to batch: prompt, tokenize, pad."""
 
+import copy
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -30,15 +31,15 @@ MOST_GRAPH_TOKENS = 4096  # in a batch; the kernels of larger ones keep a GPU bu
 class TokenizedPairs:
     """Prompts as token ids end to end: row i is `lengths[i]` tokens from `starts[i]` on."""
 
-    ids: list[str]
-    labels: np.ndarray | None  # int64 [N]
+    pairs: Pairs
     tokens: np.ndarray  # int32
     starts: np.ndarray  # int64 [N]
     lengths: np.ndarray  # int64 [N]
-    shortened: int  # how many prompts were too long for the model
+    labels: np.ndarray | None  # int64 [N]
+    n_shortened: int = 0  # prompts that were too long for the model
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
 
 def make_prompt(first: str, second: str) -> str:
@@ -71,7 +72,7 @@ def answer_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
 
 def tokenize_pairs(pairs: Pairs, tokenizer: "Tokenizer", max_length: int) -> TokenizedPairs:
     """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
-    tokens, lengths, shortened = array("i"), [], 0
+    tokens, lengths, n_shortened = array("i"), [], 0
     for start in range(0, len(pairs.ids), 1024):  # bounds the encoder's own objects to some MB
         part = slice(start, start + 1024)
         questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
@@ -79,17 +80,17 @@ def tokenize_pairs(pairs: Pairs, tokenizer: "Tokenizer", max_length: int) -> Tok
         for i, ids in enumerate(rows):
             if len(ids) > max_length:
                 rows[i] = _shorten(*questions[i], tokenizer, max_length)
-                shortened += 1
+                n_shortened += 1
         tokens.extend(chain.from_iterable(rows))
         lengths += map(len, rows)
     ends = np.cumsum(lengths)
     return TokenizedPairs(
-        ids=pairs.ids,
-        labels=np.asarray(pairs.labels) if pairs.labels else None,
+        pairs,
         tokens=np.frombuffer(tokens, dtype=np.int32),
         starts=ends - lengths,
         lengths=np.asarray(lengths),
-        shortened=shortened,
+        labels=np.asarray(pairs.labels) if pairs.labels else None,
+        n_shortened=n_shortened,
     )
 
 
@@ -108,27 +109,21 @@ def _shorten(first: str, second: str, tokenizer: "Tokenizer", max_length: int) -
 
 
 def load_pairs(
-    *,
-    train: str | Path,
-    dev: str | Path,
-    test: str | Path,
-    limit_train: int | None,
-    limit_dev: int | None,
+    path: str | Path,
     tokenizer: "Tokenizer",
     max_length: int,
-) -> list[TokenizedPairs]:
-    """Train, dev and test pairs of a run; `limit_dev` is for the test pairs too.
+    *,
+    limit: int | None,
+    labelled: bool = True,
+) -> TokenizedPairs:
+    """Read and tokenize a file's pairs, or its first `limit`; prints how it was read.
 
-    Prints what was read, left out and shortened. Raises UserError for an unusable file.
+    Raises UserError for an unusable file.
     """
-    splits = []
-    files = ((train, True, limit_train), (dev, True, limit_dev), (test, False, limit_dev))
-    for path, labelled, limit in files:
-        pairs = read_pairs(path, labelled, limit)
-        data = tokenize_pairs(pairs, tokenizer, max_length)
-        print(pairs.summary() + (f"; shortened {data.shortened}" if data.shortened else ""))
-        splits.append(data)
-    return splits
+    pairs = read_pairs(path, labelled, limit)
+    data = tokenize_pairs(pairs, tokenizer, max_length)
+    print(pairs.summary() + (f"; shortened {data.n_shortened}" if data.n_shortened else ""))
+    return data
 
 
 class Share(NamedTuple):
@@ -141,17 +136,24 @@ class Share(NamedTuple):
 class Batches:
     """Training batches of `data` in random order.
 
-    `batch_size` is for each of the `world_size` ranks, of which this is `rank`. A kind of data has
-    `sizes()`, of each example its tokens and the terms of its loss, and `make_batch(rows)`.
+    A subclass says what an example's tokens and loss terms are, in `sizes()`, and how a batch is
+    made of some of them, in `make_batch(rows)`.
     """
 
     unit: str  # what an example is called
 
-    def __init__(self, data: Any, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        self.data, self.seed, self.rank, self.world_size = data, seed, rank, world_size
-        self.batch_size = batch_size * world_size
+    def __init__(self, data: Any, batch_size: int, seed: int):
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.rank, self.world_size = 0, 1
         self.lengths, self.n_targets = self.sizes()
         self.n_examples = len(self.lengths)
+
+    def shard(self, rank: int, world_size: int) -> "Batches":
+        """One rank's part of these batches, which are `world_size` times as large."""
+        shard = copy.copy(self)
+        shard.rank, shard.world_size = rank, world_size
+        shard.batch_size = self.batch_size * world_size
+        return shard
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.batch_size)

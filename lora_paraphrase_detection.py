@@ -10,13 +10,11 @@ import argparse
 import torch
 
 import datasets
-from data.pairs import read_pairs
 from finetune import arguments, ending, loop, metrics, outputs, peft_format, runtime
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
 from finetune.run import Run
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import find_checkpoint
 from models.tokenizer import load_tokenizer
 from modules.adapters import trainable
 from modules.lora import LoRAConfig
@@ -41,20 +39,16 @@ def get_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(arguments.config(runtime.RuntimeConfig, args), args.seed)
     lora = arguments.config(LoRAConfig, args, prefix="lora_")
-    base = find_checkpoint(name := args.model_path or args.model_size)
-    run = Run.open(vars(args), task="paraphrase", adapter=lora, base=base, runtime=machine)
+    run = Run.open(vars(args), task="paraphrase", adapter=lora, runtime=machine)
 
     # Load
-    gpt = GPT2Model.from_pretrained(base)
-    tokenizer = load_tokenizer(base, gpt.config.vocab_size)
-    train, dev, test = datasets.load_pairs(
-        train=args.para_train,
-        dev=args.para_dev,
-        test=args.para_test,
-        limit_train=args.limit_train,
-        limit_dev=args.limit_dev,
-        tokenizer=tokenizer,
-        max_length=gpt.config.n_positions,
+    gpt = GPT2Model.from_pretrained(run.base)
+    tokenizer = load_tokenizer(run.base, gpt.config.vocab_size)
+    n_positions = gpt.config.n_positions
+    train = datasets.load_pairs(args.para_train, tokenizer, n_positions, limit=args.limit_train)
+    dev = datasets.load_pairs(args.para_dev, tokenizer, n_positions, limit=args.limit_dev)
+    test = datasets.load_pairs(
+        args.para_test, tokenizer, n_positions, limit=args.limit_dev, labelled=False
     )
 
     # Build
@@ -65,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     score = metrics.ParaphraseScorer(model, dev, machine)
 
     # Fit
-    fitted = None if args.predict_only else fit(args, machine, run, model, train, score)
+    fitted = None if args.predict_only else fit(args, run, model, train, score)
 
     # Predict
     best = run.load_adapter(model)
@@ -75,25 +69,20 @@ def main(args: argparse.Namespace) -> None:
     # Write
     if machine.is_main:
         record = run.record(lora, best, fitted, final)
-        pairs = read_pairs(args.para_dev, labelled=True, limit=args.limit_dev)
-        rows = metrics.pair_table(score.logits, dev, pairs)
         contents = outputs.paraphrase_files(
-            record, rows, dev=(dev.ids, score.logits), test=(test.ids, test_logits)
+            record, dev=dev, dev_logits=score.logits, test=test, test_logits=test_logits
         )
         files = run.write(record, contents)
-        files |= peft_format.write_exports(
-            gpt, lora, name, tokenizer, args.export_peft, args.export_merged
-        )
+        files |= peft_format.write_exports(run, gpt, lora, tokenizer)
         run.finish()
         print(outputs.format_table(record, files))
 
 
 def fit(
     args: argparse.Namespace,
-    machine: runtime.Runtime,
     run: Run,
     model: ParaphraseGPT,
-    pairs: datasets.TokenizedPairs,
+    train: datasets.TokenizedPairs,
     score: metrics.ParaphraseScorer,
 ) -> loop.Fitted:
     """Train the adapter; the best epoch by dev accuracy is saved, and decides when to stop."""
@@ -105,14 +94,12 @@ def fit(
         model=model,
         loss_function=paraphrase_loss,
         optimizer=optimizer,
-        batches=datasets.PairBatches(
-            pairs, args.batch_size, args.seed, machine.rank, machine.world_size
-        ),
+        batches=datasets.PairBatches(train, args.batch_size, args.seed),
         evaluate=score,
         stopper=EarlyStopper("dev_accuracy", "max", early_stopping),
         save_best=lambda record: run.save_adapter(model, record),
         config=arguments.config(loop.FitConfig, args),
-        runtime=machine,
+        runtime=run.runtime,
         resume=run.resume,
         log=run.log,
     )

@@ -16,7 +16,6 @@ from finetune.generation import SonnetGenerator
 from finetune.run import Run
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
-from models.pretrained import find_checkpoint
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from models.tokenizer import load_tokenizer, unused_ids
 from modules.adapters import trainable
@@ -36,12 +35,11 @@ def get_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     machine = runtime.start(arguments.config(runtime.RuntimeConfig, args), args.seed)
     reft = arguments.config(ReFTConfig, args, prefix="reft_")
-    base = find_checkpoint(args.model_path or args.model_size)
-    run = Run.open(vars(args), task="sonnet", adapter=reft, base=base, runtime=machine)
+    run = Run.open(vars(args), task="sonnet", adapter=reft, runtime=machine)
 
     # Load
-    gpt = GPT2Model.from_pretrained(base)
-    tokenizer = load_tokenizer(base, gpt.config.vocab_size)
+    gpt = GPT2Model.from_pretrained(run.base)
+    tokenizer = load_tokenizer(run.base, gpt.config.vocab_size)
     sonnets = datasets.load_sonnets(
         train=args.sonnet_path,
         dev=args.dev_sonnet_path,
@@ -66,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Fit
     untrained = {} if args.predict_only else score.before_training()
-    fitted = None if args.predict_only else fit(args, machine, run, model, sonnets, score)
+    fitted = None if args.predict_only else fit(args, run, model, sonnets, score)
 
     # Predict
     best = run.load_adapter(model)
@@ -84,7 +82,6 @@ def main(args: argparse.Namespace) -> None:
 
 def fit(
     args: argparse.Namespace,
-    machine: runtime.Runtime,
     run: Run,
     model: SonnetGPT,
     sonnets: datasets.SonnetData,
@@ -104,14 +101,12 @@ def fit(
         model=model,
         loss_function=sonnet_loss,
         optimizer=optimizer,
-        batches=datasets.SonnetBatches(
-            sonnets.train_ids, args.batch_size, args.seed, machine.rank, machine.world_size
-        ),
+        batches=datasets.SonnetBatches(sonnets.train_ids, args.batch_size, args.seed),
         evaluate=score,
         stopper=EarlyStopper("val_loss", "min", early_stopping),
         save_best=save_best,
         config=arguments.config(loop.FitConfig, args),
-        runtime=machine,
+        runtime=run.runtime,
         resume=run.resume,
         log=run.log,
     )

@@ -78,6 +78,7 @@ def fit(
     stopper finds the best so far; `log(values, step)` gets losses and metrics after each epoch, and
     the running loss once a second. Raises UserError if a loss or a weight is not finite.
     """
+    batches = batches.shard(runtime.rank, runtime.world_size)
     trainer = Trainer(model, loss_function, optimizer, config, len(batches), runtime)
     progress = trainer.progress
     report_memory(trainer, batches)

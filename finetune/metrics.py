@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from sacrebleu.metrics import CHRF
 from torch import nn
 
-from data.pairs import Pairs
 from data.sonnets import GIVEN_LINES, Sonnet
 from datasets import (
     ANSWERS,
@@ -85,16 +84,16 @@ def paraphrase_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, fl
     }
 
 
-def pair_table(logits: torch.Tensor, data: TokenizedPairs, pairs: Pairs) -> list[dict[str, Any]]:
-    """Questions, label, prediction and its probability of all pairs, from logits [N,2].
+def pair_table(logits: torch.Tensor, data: TokenizedPairs) -> list[dict[str, Any]]:
+    """Each pair's questions as written, label, prediction and its probability, from logits [N,2].
 
-    The errors come first, in both parts the most confident. `pairs` are the rows of `data` as their
-    authors wrote them.
+    Errors come first; among errors and correct answers the most confident come first.
     """
+    pairs = data.pairs
     probabilities, predicted = (values.numpy() for values in logits.softmax(1).max(1))
     return [
         {
-            "id": data.ids[i],
+            "id": pairs.ids[i],
             "first": pairs.first[i],
             "second": pairs.second[i],
             "label": ANSWERS[data.labels[i]],

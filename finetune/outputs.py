@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from data.sonnets import Sonnet
+from datasets import TokenizedPairs
 from finetune import report
+from finetune.metrics import pair_table
 
 UNITS = {  # key of a run's record -> how its value is shown
     "trainable_parameters": "{:,}",
@@ -21,17 +23,17 @@ UNITS = {  # key of a run's record -> how its value is shown
 
 def paraphrase_files(
     record: dict[str, Any],
-    rows: list[dict[str, Any]],
     *,
-    dev: tuple[list[str], Tensor],
-    test: tuple[list[str], Tensor],
+    dev: TokenizedPairs,
+    dev_logits: Tensor,
+    test: TokenizedPairs,
+    test_logits: Tensor,
 ) -> dict[str, str | bytes]:
-    """What `Run.write` takes: predictions of dev and test pairs, each ids and logits [N,2], and the
-    report with the `rows` of `metrics.pair_table`.
-    """
+    """The contents for `Run.finish`: predictions from logits [N,2], and the report on dev."""
+    rows = pair_table(dev_logits, dev)
     return {
-        "para_dev_out": format_predictions(*dev),
-        "para_test_out": format_predictions(*test),
+        "para_dev_out": format_predictions(dev.pairs.ids, dev_logits),
+        "para_test_out": format_predictions(test.pairs.ids, test_logits),
         "report": report.paraphrase_report(record, rows),
         "picture": report.picture(record, report.confusion_counts(rows)),
     }
@@ -44,8 +46,8 @@ def sonnet_files(
     dev: list[Sonnet],
     gold: list[Sonnet],
 ) -> dict[str, str | bytes]:
-    """What `Run.write` takes: the first sample of each held-out sonnet, if there are more all of
-    them too, and the report with the dev poems beside Shakespeare's.
+    """The contents for `Run.finish`: the first sample of each held-out sonnet, all samples if there
+    are more, and the report with the dev poems next to Shakespeare's.
     """
     files = {
         "sonnet_out": format_sonnets(samples[0]),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.files import new_folder
+from finetune.run import Run
 from models.config import read_json
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED, HF_NAMES, read_tensors, save_gpt2
@@ -111,14 +112,11 @@ def export_merged(
 
 
 def write_exports(
-    gpt: GPT2Model,
-    config: LoRAConfig,
-    base: str | Path,
-    tokenizer: "PreTrainedTokenizerFast",
-    peft_folder: Path | None,
-    merged_folder: Path | None,
+    run: Run, gpt: GPT2Model, config: LoRAConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> dict[str, Path]:
-    """Write the formats whose folder is given; returns the folders."""
+    """Write the formats that the run's flags ask for; returns their folders."""
+    base = run.flags["model_path"] or run.flags["model_size"]
+    peft_folder, merged_folder = run.flags["export_peft"], run.flags["export_merged"]
     if peft_folder:
         export_peft(gpt, config, base, peft_folder)
     if merged_folder:

@@ -20,7 +20,7 @@ from finetune.identity import MACHINE, OUTPUTS, PREDICTION, Identity, predicts_w
 from finetune.outputs import TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
-from models.pretrained import read_json
+from models.pretrained import find_checkpoint, read_json
 from modules.settings import UserError
 
 RECORD, STATE = "run.json", "resume.pt"  # in a run's folder; no STATE: the run is finished
@@ -40,6 +40,7 @@ class Run:
     """A run and its folder; one that only predicts has no `resume`."""
 
     folder: Path
+    base: Path  # the folder of its checkpoint
     flags: dict[str, Any]
     identity: Identity
     runtime: Runtime
@@ -48,15 +49,14 @@ class Run:
     lock: FileLock | None  # held as long as this object lives
 
     @classmethod
-    def open(
-        cls, flags: dict[str, Any], *, task: str, adapter: Any, base: Path, runtime: Runtime
-    ) -> "Run":
-        """The run of a script's `flags`, on the checkpoint in the folder `base`, locked.
+    def open(cls, flags: dict[str, Any], *, task: str, adapter: Any, runtime: Runtime) -> "Run":
+        """The run of a script's `flags`, locked; its base checkpoint is found or fetched.
 
         Raises Finished if it has been done, UserError if it is unfinished and neither `--resume`
         nor `--overwrite` says what to do, or if there is no adapter to predict with, and OSError if
         another process is at it.
         """
+        base = find_checkpoint(flags["model_path"] or flags["model_size"])
         identity = Identity.of(flags, task, adapter, base)
         folder, held, resume = flags["runs_dir"] / identity.name, None, None
         if runtime.is_main:
@@ -78,7 +78,7 @@ class Run:
             conditions["the digest"] = identity.digest
             resume = ResumeFile.open(folder / STATE, conditions, flags["resume"], runtime)
         log = TensorBoardLog(folder if flags["tensorboard"] and runtime.is_main else None)
-        return cls(folder, flags, identity, runtime, resume, log, held)
+        return cls(folder, base, flags, identity, runtime, resume, log, held)
 
     def save_adapter(self, model: nn.Module, record: dict[str, Any]) -> None:
         """Write the model's adapter with its epoch's `record`."""

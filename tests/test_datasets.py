@@ -66,7 +66,7 @@ def test_the_tokens_are_those_of_the_tokenizer(pairs, gpt2_tokenizer):
         expected = gpt2_tokenizer(make_prompt(pairs.first[i], pairs.second[i]))["input_ids"]
         assert data.tokens[data.starts[i] :][: data.lengths[i]].tolist() == expected
     assert len(data.tokens) == data.lengths.sum()
-    assert data.shortened == 0
+    assert data.n_shortened == 0
 
 
 @pytest.mark.parametrize("max_length", [30, 48])
@@ -75,7 +75,7 @@ def test_a_long_pair_loses_the_ends_of_its_questions_not_the_cue(gpt2_tokenizer,
         ("short one?", f"{'very ' * 300}long?", 1), ("x?" * 200, ("yes " * 90).strip(), 0)
     )
     data = tokenize_pairs(pairs, gpt2_tokenizer, max_length)
-    assert data.shortened == 2
+    assert data.n_shortened == 2
     for start, length in zip(data.starts, data.lengths, strict=True):
         assert max_length - 8 <= length <= max_length
         prompt = gpt2_tokenizer.decode(data.tokens[start : start + length])
@@ -123,12 +123,11 @@ def test_batches_tell_no_more_of_the_labels_than_random_draws():
     labels = np.arange(n) % 3 == 0
     lengths = np.where(labels, 10, 30)
     data = TokenizedPairs(
-        ids=list(map(str, range(n))),
+        Pairs(None),
         labels=labels.astype(np.int64),
         tokens=np.zeros(lengths.sum(), dtype=np.int32),
         starts=lengths.cumsum() - lengths,
         lengths=lengths,
-        shortened=0,
     )
     p = labels.mean()
     expected = p * (1 - p) / batch_size * (n - batch_size) / (n - 1)  # hypergeometric
@@ -196,9 +195,9 @@ def test_prediction_batches_hold_every_pair_once(pairs, nano_tokenizer):
 @pytest.mark.parametrize("n", [12, 13, 16])
 def test_processes_share_each_batch_of_pairs_among_themselves(pairs, nano_tokenizer, n):
     data = tokenize_pairs(pairs, nano_tokenizer, 512)
-    data = replace(data, ids=data.ids[:n], lengths=data.lengths[:n], starts=data.starts[:n])
+    data = replace(data, lengths=data.lengths[:n], starts=data.starts[:n])
     alone = list(PairBatches(data, 12, seed=3).epoch(1))
-    shares = [list(PairBatches(data, 4, 3, rank, world_size=3).epoch(1)) for rank in range(3)]
+    shares = [list(PairBatches(data, 4, seed=3).shard(rank, 3).epoch(1)) for rank in range(3)]
     for (whole, _), parts in zip(alone, zip(*shares, strict=True), strict=True):
         n = len(whole["labels"])
         assert sum(share.weight for _, share in parts) == pytest.approx(1)
@@ -270,7 +269,7 @@ def test_an_epoch_has_every_poem_once_in_an_order_of_seed_and_epoch():
 def test_processes_share_each_batch_of_poems_by_its_targets():
     poems = [TokenizedSonnet(list(range(i + 2)), 1) for i in range(10)]
     alone = list(SonnetBatches(poems, 4, seed=3).epoch(1))
-    shares = [list(SonnetBatches(poems, 1, 3, rank, world_size=4).epoch(1)) for rank in range(4)]
+    shares = [list(SonnetBatches(poems, 1, seed=3).shard(rank, 4).epoch(1)) for rank in range(4)]
     for (whole, share), parts in zip(alone, zip(*shares, strict=True), strict=True):
         assert share == (len(whole["input_ids"]), 1)
         for batch, part in parts:

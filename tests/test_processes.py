@@ -101,7 +101,7 @@ def test_a_process_that_fails_ends_the_run_with_its_reason(tmp_path, rank):
             import lora_paraphrase_detection as script
             from modules.settings import UserError
 
-            def broken_disk(**files):
+            def broken_disk(*args, **options):
                 raise UserError("the disk of this machine is gone")
 
             if os.environ["RANK"] == "{rank}":

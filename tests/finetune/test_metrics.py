@@ -36,12 +36,11 @@ def test_logits_are_in_the_order_of_the_file_and_without_dropout(gpt):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, 150)
     data = TokenizedPairs(
-        ids=[str(i) for i in range(150)],
+        Pairs(None),
         labels=None,
         tokens=rng.integers(0, 100, lengths.sum()).astype(np.int32),
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
-        shortened=0,
     )
     model = ParaphraseGPT(gpt, (7, 40)).train()
     logits = paraphrase_logits(model, data, CPU, "test")
@@ -65,9 +64,9 @@ def test_paraphrase_metrics_by_hand():
 def test_the_table_of_pairs_has_the_most_confident_errors_first():
     pairs = Pairs(None, list("abcdef"), list("ABCDEF"), ["Why?"] * 6, [0, 1, 1, 0, 1, 0])
     n = np.ones(6, dtype=np.int64)
-    data = TokenizedPairs(pairs.ids, np.array(pairs.labels), n, n, n, 0)
+    data = TokenizedPairs(pairs, n, n, n, np.array(pairs.labels))
     logits = torch.tensor([[3.0, 0], [1.0, 0], [2.0, 0], [0, 0.5], [0, 9.0], [3.0, 0]])
-    table = pair_table(logits, data, pairs)
+    table = pair_table(logits, data)
     assert [row["id"] for row in table] == ["c", "b", "d", "e", "a", "f"]  # a and f are equal
     assert table[0] == {
         "id": "c", "first": "C", "second": "Why?", "label": "yes", "predicted": "no",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.pairs import Pairs
 from datasets import PairBatches, TokenizedPairs
 from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper, EarlyStoppingConfig
@@ -37,7 +38,7 @@ def pairs() -> TokenizedPairs:
     ends = np.cumsum(lengths)
     tokens = rng.integers(0, 100, ends[-1]).astype(np.int32)
     labels = rng.integers(0, 2, 31)
-    return TokenizedPairs(list(map(str, range(31))), labels, tokens, ends - lengths, lengths, 0)
+    return TokenizedPairs(Pairs(None), tokens, ends - lengths, lengths, labels)
 
 
 class Run:

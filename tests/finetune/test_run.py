@@ -12,7 +12,6 @@ from finetune import arguments
 from finetune.ending import Finished
 from finetune.run import Run, adapter_path, finished_runs, read_record
 from finetune.runtime import Runtime
-from models.pretrained import BUNDLED
 from modules.lora import LoRAConfig
 from modules.reft import ReFTConfig
 from modules.settings import UserError
@@ -41,13 +40,13 @@ def parsed(*argv: str | Path, method: str = "lora", task: str = "paraphrase"):
 def opened(tmp_path):
     """A function: flags to the run that they open in a folder of its own."""
 
-    def open_run(*argv: str | Path, base: Path = BUNDLED, **script: str) -> Run:
+    def open_run(*argv: str | Path, **script: str) -> Run:
         out = {"paraphrase": "--para_dev_out", "sonnet": "--sonnet_out"}
         task, method = script.get("task", "paraphrase"), script.get("method", "lora")
         where = ["--runs_dir", tmp_path / "runs", out[task], tmp_path / "shown" / "out.csv"]
         args = parsed(*where, *argv, method=method, task=task)
         adapter = arguments.config(ADAPTERS[method], args, prefix=f"{method}_")
-        return Run.open(vars(args), task=task, adapter=adapter, base=base, runtime=CPU)
+        return Run.open(vars(args), task=task, adapter=adapter, runtime=CPU)
 
     return open_run
 
@@ -126,7 +125,7 @@ def test_the_same_run_in_a_second_process_is_refused(opened, tmp_path):
 def test_a_folder_in_place_of_an_output_is_refused_before_the_run(tmp_path):
     args = parsed("--runs_dir", tmp_path, "--para_test_out", tmp_path)
     with pytest.raises(OSError, match="is a folder, a file is to be written there"):
-        Run.open(vars(args), task="paraphrase", adapter=LoRAConfig(), base=BUNDLED, runtime=CPU)
+        Run.open(vars(args), task="paraphrase", adapter=LoRAConfig(), runtime=CPU)
 
 
 def test_a_record_without_what_runs_write_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from data.pairs import Pairs
 from datasets import TokenizedPairs, TokenizedSonnet, pair_batch, sonnet_batch
 from finetune.generation import LineCounter, Sequence, generate
 from finetune.loop import FitConfig, Trainer
@@ -87,12 +88,11 @@ def host_batch(task: str) -> dict[str, Tensor]:
     lengths = np.arange(33, 45)  # 12 rows
     starts = np.concatenate([[0], lengths.cumsum()[:-1]])
     data = TokenizedPairs(
-        ids=[str(row) for row in range(len(lengths))],
+        Pairs(None),
         labels=np.zeros(len(lengths), dtype=np.int64),
         tokens=np.ones(lengths.sum(), dtype=np.int32),
         starts=starts,
         lengths=lengths,
-        shortened=0,
     )
     return pair_batch(data, np.arange(len(lengths)))
 

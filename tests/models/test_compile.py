@@ -6,6 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+from data.pairs import Pairs
 from datasets import TokenizedPairs, TokenizedSonnet, pair_batch, sonnet_batch
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
@@ -21,12 +22,11 @@ ADDS = {
 
 def pairs(lengths: list[int]) -> dict[str, torch.Tensor]:
     data = TokenizedPairs(
-        ids=[str(row) for row in range(len(lengths))],
+        Pairs(None),
         labels=np.arange(len(lengths)) % 2,
         tokens=np.arange(sum(lengths), dtype=np.int32) % 101,
         starts=np.cumsum(lengths) - lengths,
         lengths=np.array(lengths),
-        shortened=0,
     )
     return pair_batch(data, np.arange(len(lengths)))
 
