@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
-TILE = 16  # tokens; matmuls have few different shapes, for each of which oneDNN keeps code
-MOST_GRAPH_TOKENS = 4096  # in a batch; the kernels of larger ones keep a GPU busy
+TILE = 16  # tokens of a batch come in multiples of it: oneDNN keeps code for each new shape
+MOST_GRAPH_TOKENS = 4096  # in a batch; larger ones keep a GPU busy without CUDA graphs
 
 
 @dataclass
 class TokenizedPairs:
-    """Prompts as token ids end to end: row i is `lengths[i]` tokens from `starts[i]` on."""
+    """Prompts as one array of token ids: prompt i is `lengths[i]` ids, beginning at `starts[i]`."""
 
     pairs: Pairs
     tokens: np.ndarray  # int32
@@ -43,7 +43,7 @@ class TokenizedPairs:
 
 
 def make_prompt(first: str, second: str) -> str:
-    """The cloze, byte for byte the course's, of two raw questions."""
+    """The cloze for two raw questions, byte for byte the course's."""
     return PROMPT.format(_normalize(first), _normalize(second))
 
 
@@ -55,14 +55,14 @@ def _normalize(text: str) -> str:
 
 
 def encode(texts: list[str], tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of each text and nothing else, without the special tokens of a whole input."""
+    """Token ids of each text, without the special tokens that frame a whole input."""
     backend = tokenizer.backend_tokenizer
     return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def answer_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
-    """The ids of "no" and "yes"; raises UserError where the vocabulary splits one of them."""
-    # After a line end, as a tokenizer may put a blank before its first word.
+    """The ids of "no" and "yes"; raises UserError if the vocabulary splits one of them."""
+    # After a newline, because a tokenizer may put a space before its first word.
     rows = encode([f"\n{answer}" for answer in ANSWERS], tokenizer)
     for answer, row in zip(ANSWERS, rows, strict=True):
         if tokenizer.convert_ids_to_tokens(row[-1]) != answer:
@@ -71,9 +71,9 @@ def answer_ids(tokenizer: "Tokenizer") -> tuple[int, int]:
 
 
 def tokenize_pairs(pairs: Pairs, tokenizer: "Tokenizer", max_length: int) -> TokenizedPairs:
-    """Tokenize all prompts; one longer than `max_length` tokens loses the ends of its questions."""
+    """Tokenize all prompts; one of over `max_length` tokens has its questions cut at the end."""
     tokens, lengths, n_shortened = array("i"), [], 0
-    for start in range(0, len(pairs.ids), 1024):  # bounds the encoder's own objects to some MB
+    for start in range(0, len(pairs.ids), 1024):  # limits the memory that the encoder needs
         part = slice(start, start + 1024)
         questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
         rows = encode([make_prompt(*pair) for pair in questions], tokenizer)
@@ -114,13 +114,13 @@ def load_pairs(
     max_length: int,
     *,
     limit: int | None,
-    labelled: bool = True,
+    has_labels: bool = True,
 ) -> TokenizedPairs:
     """Read and tokenize a file's pairs, or its first `limit`; prints how it was read.
 
     Raises UserError for an unusable file.
     """
-    pairs = read_pairs(path, labelled, limit)
+    pairs = read_pairs(path, has_labels, limit)
     data = tokenize_pairs(pairs, tokenizer, max_length)
     print(pairs.summary() + (f"; shortened {data.n_shortened}" if data.n_shortened else ""))
     return data
@@ -136,8 +136,8 @@ class Share(NamedTuple):
 class Batches:
     """Training batches of `data` in random order.
 
-    A subclass says what an example's tokens and loss terms are, in `sizes()`, and how a batch is
-    made of some of them, in `make_batch(rows)`.
+    Subclasses define `sizes()`, each example's number of tokens and of loss terms, and
+    `make_batch(rows)`.
     """
 
     unit: str  # what an example is called
@@ -149,7 +149,7 @@ class Batches:
         self.n_examples = len(self.lengths)
 
     def shard(self, rank: int, world_size: int) -> "Batches":
-        """One rank's part of these batches, which are `world_size` times as large."""
+        """One rank's part of the batches of all ranks, `batch_size` examples from each."""
         shard = copy.copy(self)
         shard.rank, shard.world_size = rank, world_size
         shard.batch_size = self.batch_size * world_size
@@ -163,7 +163,7 @@ class Batches:
         return self.make_batch(np.argsort(-self.lengths, kind="stable")[:n])
 
     def rows(self, number: int) -> Iterator[np.ndarray]:
-        """The examples of each global batch of an epoch; seed and epoch fix their order."""
+        """The rows of each global batch of an epoch, in an order set by seed and epoch number."""
         order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
         for start in range(0, self.n_examples, self.batch_size):
             yield order[start : start + self.batch_size]
@@ -181,7 +181,7 @@ class Batches:
 
 
 class PairBatches(Batches):
-    """Batches of tokenized pairs, each of which is a target."""
+    """Batches of tokenized pairs; each pair is one loss term."""
 
     unit = "pair"
 
@@ -193,7 +193,7 @@ class PairBatches(Batches):
 
 
 def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
-    """Batches of all pairs, the longest first: if memory does not suffice, it fails at once."""
+    """The rows of each batch, longest prompts first, so that a lack of memory shows at once."""
     order = np.argsort(-data.lengths, kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -215,9 +215,9 @@ def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
 
 
 def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
-    """int64 [N], where the tokens are in the flattened mask [B,T], padded on the right.
+    """The indices of the tokens in the flattened mask [B,T] of right-padded rows, int64 [N].
 
-    Some padding positions follow to make N a multiple of `tile`, which no result depends on.
+    Some padding positions follow to make N a multiple of `tile`; they change no result.
     """
     is_token = mask.ravel()
     tokens, padding = is_token.nonzero()[0], (~is_token).nonzero()[0]
@@ -225,10 +225,10 @@ def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
 
 
 def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, Tensor] | None:
-    """A batch of pairs with more padding, so that its shapes come again and again.
+    """A batch of pairs padded further, so that few different shapes occur.
 
-    None for a batch that needs no CUDA graph to keep a GPU busy, for one that would be longer than
-    the model's positions, and for poems, whose targets are of ever new lengths.
+    None for a batch that keeps a GPU busy without a CUDA graph, for one that would exceed the
+    model's positions, and for poems, whose number of targets rarely occurs twice.
     """
     (B, T), n_tokens = batch["input_ids"].shape, len(batch["token_index"])
     width = T + -T % 32
@@ -241,7 +241,7 @@ def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, T
 
 @dataclass(frozen=True)
 class TokenizedSonnet:
-    """A poem as token ids, end of text last, of which the first `prompt_length` are its prompt."""
+    """A poem's token ids, the last one end of text; the first `prompt_length` are its prompt."""
 
     ids: list[int]
     prompt_length: int
@@ -250,7 +250,7 @@ class TokenizedSonnet:
 def tokenize_sonnets(
     sonnets: list[Sonnet], tokenizer: "Tokenizer", max_length: int
 ) -> list[TokenizedSonnet]:
-    """Tokenize whole poems; one too long for the model loses its end."""
+    """Tokenize whole poems; one too long for the model is cut at the end."""
     poems = encode(["\n".join(sonnet.lines) for sonnet in sonnets], tokenizer)
     prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
     return [
@@ -262,23 +262,23 @@ def tokenize_sonnets(
 def tokenize_prompts(
     sonnets: list[Sonnet], tokenizer: "Tokenizer", max_length: int
 ) -> list[list[int]]:
-    """Token ids of each poem's given lines; raises UserError where they fill the model."""
+    """Token ids of each poem's given lines; raises UserError if they leave no room for more."""
     prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
     for sonnet, prompt in zip(sonnets, prompts, strict=True):
         if len(prompt) >= max_length:
             raise UserError(
-                f"the given lines of sonnet {sonnet.number} are {len(prompt)} tokens, the "
-                f"model has {max_length} positions and needs some to continue"
+                f"the given lines of sonnet {sonnet.number} are {len(prompt)} tokens long: "
+                f"the model has {max_length} positions and needs some of them to continue"
             )
     return prompts
 
 
 @dataclass(frozen=True)
 class SonnetData:
-    """Sonnet splits of a run, and the token ids of those that a loss is computed on."""
+    """A run's sonnets by split, with the token ids of the splits that a loss is computed on."""
 
     train: list[Sonnet]
-    dev: list[Sonnet]  # to be continued and compared to
+    dev: list[Sonnet]  # to be continued and compared with gold
     gold: list[Sonnet]
     held_out: list[Sonnet]  # to be continued
     train_ids: list[TokenizedSonnet]
@@ -298,10 +298,10 @@ def load_sonnets(
     tokenizer: "Tokenizer",
     max_length: int,
 ) -> SonnetData:
-    """Read, check, split and tokenize the poems of a run; `limit_dev` is for all but `train`.
+    """Read, check, split and tokenize a run's poems; `limit_dev` applies to all but `train`.
 
-    Prints what was read. Raises UserError for an unusable file, and where the gold poems are not
-    those of the dev file.
+    Prints what was read. Raises UserError for an unusable file, or if the gold poems are not those
+    of the dev file.
     """
     train_poems, validation = split_sonnets(read_sonnets(train, limit_train), seed)
     dev_poems, gold_poems, held_out_poems = (
@@ -309,7 +309,7 @@ def load_sonnets(
     )
     if [sonnet.number for sonnet in dev_poems] != [sonnet.number for sonnet in gold_poems]:
         raise UserError(f"{dev} and {gold} must hold the same numbers in the same order")
-    # Fails now if a prompt leaves no room, not after the training.
+    # Fail now, not after training, if a prompt leaves no room.
     tokenize_prompts(dev_poems + held_out_poems, tokenizer, max_length)
     groups = (train_poems, validation, gold_poems)
     ids = [tokenize_sonnets(group, tokenizer, max_length) for group in groups]
@@ -336,7 +336,7 @@ class SonnetBatches(Batches):
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `prompt_lengths`
-    [B], and for each token, row by row, the one that follows it, `targets`.
+    [B], and `targets` [N], the tokens that follow those of `input_ids`, row by row.
     """
     lengths = torch.tensor([len(poem.ids) - 1 for poem in poems])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B,T]

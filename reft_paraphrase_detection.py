@@ -24,9 +24,9 @@ DEFAULTS |= {"reft_rank": 4, "reft_alpha": 16.0, "reft_dropout": 0.0}
 DEMO = {"model_size": "gpt2-nano", "epochs": 4, "lr": 3e-3, "lr_schedule": "linear"}
 DEMO |= {"warmup_ratio": 0.1, "reft_rank": 16, "reft_locations": ("attention", "ffn")}
 DEMO |= {
-    "para_train": arguments.in_project("data/sample-pairs-train.csv"),
-    "para_dev": arguments.in_project("data/sample-pairs-dev.csv"),
-    "para_test": arguments.in_project("data/sample-pairs-test.csv"),
+    "para_train": arguments.project_path("data/sample-pairs-train.csv"),
+    "para_dev": arguments.project_path("data/sample-pairs-dev.csv"),
+    "para_test": arguments.project_path("data/sample-pairs-test.csv"),
 }
 
 
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     train = datasets.load_pairs(args.para_train, tokenizer, n_positions, limit=args.limit_train)
     dev = datasets.load_pairs(args.para_dev, tokenizer, n_positions, limit=args.limit_dev)
     test = datasets.load_pairs(
-        args.para_test, tokenizer, n_positions, limit=args.limit_dev, labelled=False
+        args.para_test, tokenizer, n_positions, limit=args.limit_dev, has_labels=False
     )
 
     # Build
@@ -84,7 +84,7 @@ def fit(
     train: datasets.TokenizedPairs,
     score: metrics.ParaphraseScorer,
 ) -> loop.Fitted:
-    """Train the adapter; the best epoch by dev accuracy is saved, and decides when to stop."""
+    """Train the adapter; dev accuracy decides which epoch is saved and when to stop."""
     optimizer = torch.optim.AdamW(
         trainable(model), lr=args.lr, weight_decay=args.weight_decay, eps=1e-6, fused=True
     )
@@ -106,5 +106,5 @@ def fit(
 
 if __name__ == "__main__":
     args = get_args()
-    advice = "" if args.predict_only else ending.TO_RESUME
+    advice = "" if args.predict_only else ending.RESUME_ADVICE
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

@@ -87,7 +87,7 @@ def fit(
     sonnets: datasets.SonnetData,
     score: metrics.SonnetScorer,
 ) -> loop.Fitted:
-    """Train the adapter; the best epoch by validation loss is saved, and decides when to stop."""
+    """Train the adapter; validation loss decides which epoch is saved and when to stop."""
 
     def save_best(record: dict) -> None:
         run.save_adapter(model, record)
@@ -114,5 +114,5 @@ def fit(
 
 if __name__ == "__main__":
     args = get_args()
-    advice = "" if args.predict_only else ending.TO_RESUME
+    advice = "" if args.predict_only else ending.RESUME_ADVICE
     ending.run(lambda: main(args), debug=args.debug, advice=advice)

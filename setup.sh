@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Install what the scripts need, into .venv; --help lists the options and other ways.
+# Install the scripts' dependencies into .venv; --help lists the options and other platforms.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage="usage: bash setup.sh [--no-venv] [--test [PYTEST ARGUMENTS] | --data [URL] | --weights SIZE]"
 help="$usage
 
-Create .venv, install the packages of requirements.txt into it, and do what the option says. PyTorch
-is by far the largest: on Linux, with the CUDA libraries, several GB. It may be run again at any
-time, and then installs only what is missing.
+Create .venv, install the packages in requirements.txt into it, then do what the option says. The
+largest package by far is PyTorch: several GB on Linux, including the CUDA libraries. The script can
+be rerun at any time, and then installs only what is missing.
 
   --no-venv                  install into the current Python instead of .venv
-  --test [PYTEST ARGUMENTS]  also install the test packages, and run the tests
-  --data [URL]               also fetch the Quora files (about 65 MB) into data/, from the course's
+  --test [PYTEST ARGUMENTS]  also install the test packages and run the tests
+  --data [URL]               also download the Quora files (about 65 MB) to data/, from the course's
                              repository or from the folder at URL
-  --weights SIZE             also fetch a model into the Hugging Face cache: gpt2 (0.5 GB),
+  --weights SIZE             also download a model to the Hugging Face cache: gpt2 (0.5 GB),
                              gpt2-medium (1.5 GB), gpt2-large (3.2 GB) or gpt2-xl (6.4 GB)
-  -h, --help                 show this text and do nothing else
+  -h, --help                 show this text and exit
 
-The environment variable PYTHON names the Python to use, 3.10 or newer [python3].
+The environment variable PYTHON selects the Python to use, 3.10 or newer [python3].
 
   conda    conda create -n gpt2 python=3.12 && conda activate gpt2 && bash setup.sh --no-venv
-  Colab    !bash setup.sh --no-venv     and restart the runtime if PyTorch was loaded before
-  Windows  in WSL (wsl --install), as on Linux"
+  Colab    !bash setup.sh --no-venv     then restart the runtime if PyTorch was already imported
+  Windows  use WSL (wsl --install), then as on Linux"
 
 refuse() {
     echo "$usage" >&2
@@ -44,13 +44,13 @@ case "${1:-} $#" in
     *) refuse ;;
 esac
 case "$(uname -s)" in
-    MINGW* | MSYS* | CYGWIN*) fail "this shell of Windows cannot run the project: use WSL" ;;
+    MINGW* | MSYS* | CYGWIN*) fail "the project does not run in this Windows shell; use WSL" ;;
 esac
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "Python 3.10 or newer is needed; name it with PYTHON=/path/to/python"
+    fail "Python 3.10 or newer is required; set PYTHON=/path/to/python to select it"
 if [[ $venv ]]; then
-    "$python" -m venv .venv || fail "$python cannot make a virtual environment: install \
+    "$python" -m venv .venv || fail "$python cannot create a virtual environment: install \
 python3-venv (on Debian and Ubuntu), or use --no-venv"
     python=.venv/bin/python
 fi
@@ -61,19 +61,19 @@ install() {
     "$python" -m pip install $quiet --disable-pip-version-check "$@"
 }
 need() {
-    install "$@" || fail "pip could not install the packages; if it found no version of one, \
+    install "$@" || fail "pip could not install the packages; if it found no version of a package, \
 check the network (or the proxy) and run this again"
 }
-# torch first and by its exact version, so that no other package draws in another build.
+# torch first, with its exact version, so that no other package pulls in a different build.
 need "$(grep '^torch==' requirements.txt)"
 need -r requirements.txt
 
 case "${1:-}" in
     --test)
         need -r tests/requirements.txt
-        # pyreft asks for old versions of much that its interventions do not need.
+        # pyreft requires old versions of many packages that its interventions do not need.
         install -qq --no-deps -r tests/requirements-no-deps.txt ||
-            echo "No pyreft: its tests are skipped."
+            echo "pyreft could not be installed; its tests are skipped."
         exec "$python" -m pytest "${@:2}"
         ;;
     --data) exec "$python" -m data.fetch quora "${@:2}" ;;

@@ -1,4 +1,4 @@
-"""Question-pair files: find the columns, read every row, say which were left out or are odd."""
+"""Read question-pair files: find the columns, read the rows, report those left out or irregular."""
 
 import csv
 import re
@@ -16,14 +16,14 @@ COLUMNS = {  # column -> its names in the course's, Kaggle's and GLUE's files
     "is_duplicate": ("is_duplicate", "label"),
 }
 LABELS = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}
-LONGEST_RECORD = 8  # lines; a quoted question may hold line ends
+LONGEST_RECORD = 8  # lines; a quoted question may contain line breaks
 
 
 @dataclass
 class Pairs:
-    """The usable rows of a question-pair file, with the lines left out and those kept though odd.
+    """The usable rows of a question-pair file.
 
-    Both are line numbers by reason.
+    `left_out` and `kept` (rows kept although they are irregular) map reasons to line numbers.
     """
 
     path: Path
@@ -33,10 +33,10 @@ class Pairs:
     labels: list[int] = field(default_factory=list)  # empty for a file without labels
     left_out: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
-    layout: str = ""  # how the columns were taken, where that is not as in the course's files
+    layout: str = ""  # the columns and separator, if they differ from the course's files
 
     def summary(self) -> str:
-        """One line: how many rows were read, from which columns, left out or odd, why and where."""
+        """One line: number of rows read, their columns, and the rows left out or irregular."""
         text = f"{self.path}: {len(self.ids):,} pairs"
         if self.layout:
             text += f" from {self.layout}"
@@ -50,41 +50,41 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the header of a file says that its rows are written."""
+    """How a file's rows are formatted, according to its header."""
 
     delimiter: str
-    quoted: bool  # otherwise a quote is a character and every line is a row
+    quoted: bool  # if False, quotes are ordinary characters and every line is a row
     n_fields: int
-    columns: tuple[int, ...]  # where id, first and second question and, if labelled, label are
+    columns: tuple[int, ...]  # indices of id, both questions and, if present, label
     description: str
 
 
-def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pairs:
-    """Read a tab- or comma-separated file whose header names the columns as COLUMNS lists them.
+def read_pairs(path: str | Path, has_labels: bool, limit: int | None = None) -> Pairs:
+    """Read a tab- or comma-separated file with a header that uses the names in COLUMNS.
 
-    Faulty rows are left out; of a file without labels only those without a readable id. `limit`
-    keeps only the first so many usable rows. Raises UserError for an unusable file.
+    Invalid rows are left out; without labels, a row only needs a readable id to be kept. `limit`
+    is the maximum number of rows to return. Raises UserError if the file is unusable.
     """
     path = Path(path)
     lines = read_lines(path)
     csv.field_size_limit(LONGEST_LINE)
-    layout = _layout(path, lines[0], labelled)
+    layout = _layout(path, lines[0], has_labels)
     pairs, seen = Pairs(path, layout=layout.description), set()
     for line_number, row, oddities in _records(lines, layout):
         if limit is not None and len(pairs.ids) == limit:
             break
         values = [row[i].strip() if i < len(row) else "" for i in layout.columns]
         is_whole = len(row) == layout.n_fields
-        fault = _fault(values, is_whole, labelled)
+        fault = _reason_to_skip(values, is_whole, has_labels)
         if fault:
             pairs.left_out.setdefault(fault, []).append(line_number)
             continue
         if not is_whole:
-            oddities.append("a wrong number of fields")
+            oddities.append("the wrong number of fields")
         if not (values[1] and values[2]):
             oddities.append("an empty question")
         if values[0] in seen:
-            oddities.append("the id of an earlier row")
+            oddities.append("a duplicate id")
         for oddity in oddities:
             pairs.kept.setdefault(oddity, []).append(line_number)
         seen.add(values[0])
@@ -93,43 +93,42 @@ def read_pairs(path: str | Path, labelled: bool, limit: int | None = None) -> Pa
         pairs.second.append(values[2])
         pairs.labels.extend(LABELS[label] for label in values[3:])
     if not pairs.ids:
-        raise UserError(f"no usable row in {pairs.summary()}")
+        raise UserError(f"no usable rows in {pairs.summary()}")
     return pairs
 
 
-def _layout(path: Path, header: str, labelled: bool) -> Layout:
-    """The layout of a file with this first line; raises UserError unless each column is there once.
+def _layout(path: Path, header: str, has_labels: bool) -> Layout:
+    """The layout given by a file's header; raises UserError unless each column occurs exactly once.
 
-    GLUE's files, which are tab-separated and have the columns question1 and question2, know no
-    quoting.
+    GLUE's files, which are tab-separated with columns question1 and question2, have no quoting.
     """
     delimiter = "\t" if "\t" in header else ","
     names = [name.strip().strip('"') for name in header.split(delimiter)]
-    wanted = list(COLUMNS)[: 4 if labelled else 3]
+    wanted = list(COLUMNS)[: 4 if has_labels else 3]
     columns = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
     missing = [want for want, found in columns.items() if not found]
     doubled = [want for want, found in columns.items() if len(found) > 1]
     if missing or doubled:
         fault = f"no column {', '.join(missing)}" if missing else f"two columns for {doubled[0]}"
         raise UserError(
-            f"{path} has {fault}: its first line must be a header, separated by tabs or commas, "
-            f"with {'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"
+            f"{path} has {fault}: its first line must be a tab- or comma-separated header with "
+            f"{'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"
         )
     taken = tuple(found[0] for found in columns.values())
     quoted = delimiter == "," or "question1" not in names
     description = ""
     if delimiter == "," or [names[i] for i in taken] != wanted:
         separated = "comma-separated" if delimiter == "," else "tab-separated"
-        quoting = "" if quoted else ", a quote being a character"
+        quoting = "" if quoted else ", quotes taken literally"
         description = f"{', '.join(names[i] for i in taken)} ({separated}{quoting})"
     return Layout(delimiter, quoted, len(names), taken, description)
 
 
 def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str], list[str]]]:
-    """Line number, fields and oddities of each record after the header.
+    """Yield the line number, fields and irregularities of each record after the header.
 
-    A quoted question may run over several lines. Where the quotes are not those of CSV the line is
-    a record as it stands, so that a stray quote costs at most its own line.
+    A quoted question may span several lines. A line with invalid CSV quotes is a record by
+    itself, so that a stray quote affects at most its own line.
     """
     i = 1
     while i < len(lines):
@@ -144,28 +143,29 @@ def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str],
             if len(fields) == layout.n_fields and not any("\t" in value for value in fields):
                 row, length = fields, reader.line_num
             else:
-                oddities = ["quotes that are not those of CSV"]
+                oddities = ["invalid CSV quotes"]
         if lines[i].strip():
             yield i + 1, row, oddities
         i += length
 
 
-def _fault(values: list[str], is_whole: bool, labelled: bool) -> str | None:
-    """Why a row is left out, if it is; one is whole if it has as many fields as the header.
+def _reason_to_skip(values: list[str], is_whole: bool, has_labels: bool) -> str | None:
+    """The reason to leave a row out, or None. `is_whole`: it has as many fields as the header.
 
-    Without labels one that is not whole is kept if it begins like a row, not like the rest of one.
+    Without labels, a row that is not whole is kept if it starts like a row and not like the
+    continuation of one.
     """
     begins_like_a_row = re.fullmatch(r"[\w.,-]+", values[0]) and any(values[1:])
-    if not is_whole and (labelled or not begins_like_a_row):
-        return "a wrong number of fields"
-    if labelled and not (values[1] and values[2]):
+    if not is_whole and (has_labels or not begins_like_a_row):
+        return "the wrong number of fields"
+    if has_labels and not (values[1] and values[2]):
         return "an empty question"
     if not values[0]:
         return "no id"
     if "\n" in values[0] or "\r" in values[0]:
-        return "an id of several lines"
-    if labelled and not values[3]:
+        return "a multi-line id"
+    if has_labels and not values[3]:
         return "no label"
-    if labelled and values[3] not in LABELS:
-        return "a label other than 0 and 1"
+    if has_labels and values[3] not in LABELS:
+        return "a label other than 0 or 1"
     return None

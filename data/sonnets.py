@@ -1,4 +1,4 @@
-"""Sonnet files: poems that stand under their numbers."""
+"""Read sonnet files: poems, each below its number."""
 
 import re
 from collections import Counter
@@ -21,8 +21,8 @@ ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
 START = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG")
 END = re.compile(r"\s*((?i:\*\*\* ?END OF|End of (the )?Project Gutenberg).*|THE END\W*|FINIS\W*)")
 AUTHOR = re.compile(r"\s*by( [A-Z][\w.'-]*){1,4}\s*")  # the line below a title
-GIVEN_LINES = 3  # of a sonnet to be continued
-N_LINES = {99: 15, 126: 12}  # of Shakespeare's sonnets that have not 14
+GIVEN_LINES = 3  # lines of a sonnet that form the prompt
+N_LINES = {99: 15, 126: 12}  # Shakespeare's sonnets that do not have 14 lines
 
 
 @dataclass(frozen=True)
@@ -30,42 +30,42 @@ class Sonnet:
     """A poem and its number."""
 
     number: int
-    lines: tuple[str, ...]  # as poem_lines gives them
+    lines: tuple[str, ...]  # as returned by poem_lines
 
     @property
     def prompt(self) -> str:
-        """The given lines and the line end that starts the next."""
+        """The given lines, each with a newline."""
         return "".join(f"{line}\n" for line in self.lines[:GIVEN_LINES])
 
 
 def poem_lines(text: str) -> list[str]:
-    """The lines of a poem: not blank, and not a number alone, which could start the next poem.
+    """The lines of a poem, without blank lines and bare numbers, which could start another poem.
 
-    The word "I" is a line.
+    A bare "I" is kept: it is the pronoun.
     """
     lines = [line.rstrip() for line in text.split("\n")]
     return [line for line in lines if line and (line.strip() == "I" or not MARK.fullmatch(line))]
 
 
 def read_sonnets(path: str | Path, limit: int | None = None) -> list[Sonnet]:
-    """Read poems that stand each under its number, alone on a line; what comes before is skipped.
+    """Read poems, each below its number on a line of its own; text before the first is skipped.
 
-    `limit` keeps only the first so many. Prints a line for a poem whose number or length is out of
-    line with the others', and for text that is left out. Raises UserError for an unusable file.
+    `limit` is the maximum number of poems to return. Prints a line for each poem with an unexpected
+    number or length, and for text that is left out. Raises UserError if the file is unusable.
     """
     poems = _numbered_poems(path, read_lines(Path(path)))
     if not poems:
-        raise UserError(f"{path} has no poem under a number, alone on a line")
+        raise UserError(f"{path} has no poems: each must be below its number on a line of its own")
     empty = [str(poem.number) for poem in poems if not poem.lines]
     if empty:
-        raise UserError(f"{path} has no line under the number {', '.join(empty)}")
+        raise UserError(f"{path} has no text below the number {', '.join(empty)}")
     _warn(path, poems)
     return [Sonnet(poem.number, tuple(poem.lines)) for poem in poems[:limit]]
 
 
 @dataclass(frozen=True)
 class _Poem:
-    """A poem while it is read, and where in the file its number is."""
+    """A poem being read, with the line that its number is on."""
 
     number: int
     line_number: int
@@ -73,7 +73,7 @@ class _Poem:
 
 
 def _mark(line: str) -> tuple[int, tuple[bool, bool]] | None:
-    """The number that a line consists of and its style: after "Sonnet" or not, Roman or not."""
+    """The number that a line consists of, with its style: (follows "Sonnet", is Roman)."""
     match = MARK.fullmatch(line)
     if not match:
         return None
@@ -87,9 +87,9 @@ def _mark(line: str) -> tuple[int, tuple[bool, bool]] | None:
 
 
 def _starts(lines: list[str]) -> dict[int, int]:
-    """The numbers that start a poem, by their place: those of the style that most of them have.
+    """The numbers that start a poem, by line index: those in the most common style.
 
-    Not among them are a year with a title and an author below it, and the verse "I".
+    A year with a title and an author below it does not start a poem, nor does the word "I".
     """
     marks = {i: mark for i, line in enumerate(lines) if (mark := _mark(line))}
     styles = Counter(style for _, style in dict.fromkeys(marks.values())).most_common(1)
@@ -108,9 +108,9 @@ def _is_title(line: str) -> bool:
 
 
 def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
-    """The poems of a file, without the heading and ending of Project Gutenberg.
+    """The poems of a file, without Project Gutenberg's header and footer.
 
-    In capitals below a blank line is the title of something else, up to a number that runs on.
+    An all-caps line below a blank one starts another work, skipped up to the next higher number.
     """
     begin = max((i + 1 for i, line in enumerate(lines) if START.match(line)), default=0)
     lines = [""] * begin + lines[begin:]
@@ -124,7 +124,7 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
         elif is_open and poems[-1].lines and not lines[i - 1].strip() and END.fullmatch(line):
             break
         elif is_open and poems[-1].lines and not lines[i - 1].strip() and _is_title(line):
-            print(f"{path}, line {i + 1}: left out {line.strip()!r} and what follows it")
+            print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
             is_open = False
         elif is_open:
             poems[-1].lines.extend(poem_lines(line))
@@ -132,9 +132,9 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
 
 
 def _warn(path: str | Path, poems: list[_Poem]) -> None:
-    """Print a line for each poem that differs in length from most, or whose number does not run on.
+    """Print a line for each poem of unusual length, or whose number is out of sequence.
 
-    Where no length is that of most poems, or most numbers do not run on, there is none.
+    Checks lengths only if most poems have the same one, and numbers only if most are consecutive.
     """
     usual, n_usual = Counter(len(poem.lines) for poem in poems).most_common(1)[0]
     numbers = [poem.number for poem in poems]
@@ -142,16 +142,16 @@ def _warn(path: str | Path, poems: list[_Poem]) -> None:
     for i, poem in enumerate(poems):
         where, n_lines = f"{path}, line {poem.line_number}: poem {poem.number}", len(poem.lines)
         if n_usual > len(poems) / 2 and n_lines not in (usual, N_LINES.get(poem.number)):
-            print(f"{where} has {n_lines} lines, most have {usual}")
+            print(f"{where} has {n_lines} lines, but most have {usual}")
         before, after = numbers[max(i - 1, 0) : i], numbers[i + 1 : i + 2]
         if n_steps > len(poems) / 2 and [poem.number - 1] != before and [poem.number + 1] != after:
-            print(f"{where} is out of sequence beside {' and '.join(map(str, before + after))}")
+            print(f"{where} is out of sequence next to {' and '.join(map(str, before + after))}")
 
 
 def split_sonnets(sonnets: list[Sonnet], seed: int) -> tuple[list[Sonnet], list[Sonnet]]:
-    """Nine tenths to train on and one tenth (one poem at least) to validate, by chance."""
+    """Split at random: nine tenths for training, one tenth (at least one poem) for validation."""
     if len(sonnets) < 2:
-        raise UserError("one poem cannot be split into some to train on and some to validate")
+        raise UserError("one poem cannot be split into training and validation: use at least two")
     order = np.random.default_rng(seed).permutation(len(sonnets))
     chosen = [sonnets[i] for i in order]
     cut = max(1, round(len(sonnets) / 10))

@@ -1,4 +1,4 @@
-"""Read a text file line by line, or say in a sentence why not."""
+"""Read a text file line by line, or report in one sentence why it cannot be read."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ LONGEST_LINE = 10_000_000  # bytes
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file without their ends; an empty one behind the last end."""
+    """The lines of a UTF-8 text file without line endings; a final newline adds an empty line."""
     lines, raw, number = [], b"\n", 0
     try:
         with open(path, "rb") as file:
@@ -22,7 +22,7 @@ def read_lines(path: Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: see data/README.md for where to get it") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: line {number} cannot be read") from None
+        raise UserError(f"{path} is not UTF-8 text: line {number} cannot be decoded") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     lines[0] = lines[0].removeprefix("\ufeff")

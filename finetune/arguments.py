@@ -1,4 +1,4 @@
-"""Command-line flags: groups that the scripts share, most of them made of config dataclasses."""
+"""Command-line flags: the groups shared by the scripts, most built from config dataclasses."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from finetune.early_stopping import EarlyStoppingConfig
-from finetune.identity import INPUTS, OUTPUTS
+from finetune.identity import INPUT_FLAGS, OUTPUT_FLAGS
 from finetune.loop import FitConfig
 from finetune.runtime import RuntimeConfig
 from finetune.sampling import SamplingConfig
@@ -24,17 +24,17 @@ DATA = ROOT / "data"
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much of the data to use, in what order."""
+    """How much data to use, and in what order."""
 
-    batch_size: int = setting(8, "examples in a batch of each rank", least=1)
+    batch_size: int = setting(8, "examples per batch on each rank", least=1)
     seed: int = setting(
         11711,
-        "decides the adapter's initial values, order, dropout and samples",
+        "seeds the adapter's initialization, data order, dropout and sampling",
         least=0,
         most=2**32 - 1,
     )
     limit_train: int | None = setting(None, "only the first N training examples [all]", least=1)
-    limit_dev: int | None = setting(None, "only the first N of dev and test [all]", least=1)
+    limit_dev: int | None = setting(None, "only the first N dev and test examples [all]", least=1)
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Samples:
     """How many poems to write."""
 
     num_samples: int = setting(
-        1, "N poems for each held-out sonnet, to choose from, in a second file", least=1
+        1, "poems per held-out sonnet; if more than one, a second file contains them all", least=1
     )
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Flags on the left, their meaning on the right, in lines of a common width."""
+    """Help in lines of 100 columns, with room for long flag names."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=100)
@@ -62,10 +62,10 @@ def parse(
     demo: dict[str, Any],
     argv: list[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse a script's command line with its defaults, under `--demo` those of the demo too.
+    """Parse a script's command line with its defaults, which `demo` overrides under `--demo`.
 
     `--help` starts with the script's docstring instead of a list of all flags. Flags must be
-    written out: an abbreviation could mean another flag in the next version.
+    spelled out, because an abbreviation could match another flag in a later version.
     """
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--demo] [--use_gpu] [flags below; defaults in brackets]",
@@ -73,7 +73,7 @@ def parse(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    help = "the bundled small model and data: offline, on a CPU, within minutes"
+    help = "run offline on a CPU within minutes, with the bundled small model and data"
     parser.add_argument("--demo", action="store_true", help=help)
     method, title = adapter.method, {"lora": "LoRA", "reft": "ReFT"}[adapter.method]
     add_files(parser, task, method)
@@ -91,10 +91,10 @@ def parse(
     if unknown:
         parser.error(_unknown(unknown[0], parser))
     for name, value in vars(args).items():
-        if isinstance(value, list):  # of tuples, as `nargs` collects them
+        if isinstance(value, list):  # a list of tuples, collected by `nargs`
             setattr(args, name, tuple(part for parts in value for part in parts))
     try:
-        _check_together(args, parser.get_default)
+        _check_conflicts(args, parser.get_default)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -103,7 +103,7 @@ def parse(
 def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
     name = flag.partition("=")[0]
     nearest = difflib.get_close_matches(name, re.findall(r"--\w+", parser.format_help()), n=1)
-    return f"there is no flag {name}" + (f": did you mean {nearest[0]}?" if nearest else "")
+    return f"unknown flag {name}" + (f": did you mean {nearest[0]}?" if nearest else "")
 
 
 def add_settings(
@@ -113,9 +113,9 @@ def add_settings(
     prefix: str = "",
     optional: bool = False,
 ) -> None:
-    """A group of flags, one for each field of config dataclasses, with `prefix` in their names.
+    """Add a group of flags, one for each field of the config dataclasses, named with `prefix`.
 
-    `optional` flags are None where they are not given.
+    With `optional`, the value of a flag that is not given is None.
     """
     group = parser.add_argument_group(title)
     for config in configs:
@@ -143,14 +143,14 @@ def _metavar(field: Field, hint: str) -> str:
 
 
 def _converter(field: Field, hint: str) -> Callable[[str], Any]:
-    """Type of a flag: its text as a value that the field allows, or several between commas."""
+    """The type of a field's flag: converts text to an allowed value, or to a tuple at commas."""
     kind = int if "int" in hint else float if "float" in hint else str
 
     def convert_one(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
-            return text  # the check says what it should be
+            return text  # check_setting reports what is allowed
 
     def convert(text: str) -> Any:
         parts = tuple(map(convert_one, filter(None, text.split(","))))
@@ -165,110 +165,110 @@ def _converter(field: Field, hint: str) -> Callable[[str], Any]:
 
 
 def config(kind: type[Config], args: argparse.Namespace, prefix: str = "") -> Config:
-    """A config dataclass from the flags that `add_settings` made of it."""
+    """Build a config dataclass from the flags that `add_settings` added for it."""
     return kind(**{field.name: getattr(args, prefix + field.name) for field in fields(kind)})
 
 
 def add_files(parser: argparse.ArgumentParser, task: str, method: str) -> None:
-    """The data files in and the prediction files out, each with its default."""
+    """Add the flags for data files to read and prediction files to write."""
     if task == "paraphrase":
-        title, out = "data, question pairs (see data/README.md)", f"predictions/{method}-para"
+        title, out = "question-pair files (see data/README.md)", f"predictions/{method}-para"
         files = {
-            "para_train": ("data/quora-train.csv", "to train on"),
-            "para_dev": ("data/quora-dev.csv", "to score after each epoch"),
-            "para_test": ("data/quora-test-student.csv", "to predict, has no labels"),
-            "para_dev_out": (f"{out}-dev-output.csv", "predictions; metrics go beside it"),
-            "para_test_out": (f"{out}-test-output.csv", "predictions"),
+            "para_train": ("data/quora-train.csv", "training pairs"),
+            "para_dev": ("data/quora-dev.csv", "dev pairs, scored after each epoch"),
+            "para_test": ("data/quora-test-student.csv", "unlabeled test pairs to predict"),
+            "para_dev_out": (f"{out}-dev-output.csv", "dev predictions; metrics go alongside"),
+            "para_test_out": (f"{out}-test-output.csv", "test predictions"),
         }
     else:
-        title, out = "data, numbered poems (see data/README.md)", f"predictions/{method}_generated"
+        title, out = "sonnet files (see data/README.md)", f"predictions/{method}_generated"
         files = {
-            "sonnet_path": ("data/sonnets.txt", "to train on, a tenth to validate"),
-            "held_out_sonnet_path": ("data/sonnets_held_out.txt", "to continue in the end"),
-            "dev_sonnet_path": ("data/sonnets_held_out_dev.txt", "to continue after each epoch"),
-            "dev_gold_path": ("data/TRUE_sonnets_held_out_dev.txt", "the same poems, whole"),
-            "sonnet_out": (f"{out}_sonnets.txt", "poems; metrics go beside it"),
+            "sonnet_path": ("data/sonnets.txt", "training poems, a tenth for validation"),
+            "held_out_sonnet_path": ("data/sonnets_held_out.txt", "poems to continue at the end"),
+            "dev_sonnet_path": ("data/sonnets_held_out_dev.txt", "poems to continue each epoch"),
+            "dev_gold_path": ("data/TRUE_sonnets_held_out_dev.txt", "the same poems, complete"),
+            "sonnet_out": (f"{out}_sonnets.txt", "generated poems; metrics go alongside"),
         }
     group = parser.add_argument_group(title)
     for name, (default, help) in files.items():
-        options = {"type": Path, "default": in_project(default), "metavar": "FILE"}
+        options = {"type": Path, "default": project_path(default), "metavar": "FILE"}
         group.add_argument(f"--{name}", help=f"{help} [%(default)s]", **options)
 
 
-def in_project(path: str) -> Path:
-    """A path inside the project, as seen from the working directory."""
+def project_path(path: str) -> Path:
+    """A path in the project, relative to the working directory."""
     return Path(os.path.relpath(ROOT / path))
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Model, how much to do, where the run's folder is, and how to compute."""
+    """Add the flags for the model, the run's folder and modes, the hardware and the data size."""
     group = parser.add_argument_group("run")
 
     def switch(name: str, help: str) -> None:
         group.add_argument(name, action="store_true", help=help)
 
-    help = f"{', '.join(SIZES)} (bundled, the others from the hub or its cache) [%(default)s]"
+    help = f"{', '.join(SIZES)} (bundled; the others come from the hub or its cache) [%(default)s]"
     group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
     help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
     group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
-    help = "where each run has its folder [%(default)s]"
-    default = in_project("runs")
+    help = "folder in which each run gets its own folder [%(default)s]"
+    default = project_path("runs")
     group.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
     switch("--resume", "resume this run if it was stopped")
-    switch("--overwrite", "train this run anew, finished or not")
-    switch("--predict_only", "no training: predict with the adapter that the same command trained")
+    switch("--overwrite", "start this run over, even if it is finished")
+    switch("--predict_only", "do not train; predict with the adapter that this command trained")
     switch("--tensorboard", "write TensorBoard logs to the run's folder")
-    switch("--debug", "show where in the code an error came from, too")
-    add_settings(parser, "machine", RuntimeConfig)
-    add_settings(parser, "amounts", Amounts)
+    switch("--debug", "also show the traceback of an error")
+    add_settings(parser, "hardware", RuntimeConfig)
+    add_settings(parser, "data size and seed", Amounts)
 
 
 def add_exchange(parser: argparse.ArgumentParser, method: str) -> None:
-    """Adapters and checkpoints in the formats of PEFT and transformers."""
-    group = parser.add_argument_group("exchange with PEFT and transformers")
+    """Add the flags to exchange adapters and checkpoints with PEFT and transformers."""
+    group = parser.add_argument_group("import and export for PEFT and transformers")
     if method == "lora":
-        help = "start from a PEFT adapter, which decides rank, alpha, targets and layers"
+        help = "start from a PEFT adapter, which determines rank, alpha, targets and layers"
         group.add_argument("--import_peft", type=Path, metavar="FOLDER", help=help)
-    for name, what in (("peft", "the adapter for PEFT"), ("merged", "base and LoRA as one model")):
+    for name, what in (("peft", "the adapter for PEFT"), ("merged", "the model with LoRA merged")):
         help = f"write {what}" if method == "lora" else argparse.SUPPRESS
         kind = Path if method == "lora" else _not_for_reft
         group.add_argument(f"--export_{name}", type=kind, metavar="FOLDER", help=help)
 
 
 def _not_for_reft(text: str) -> Path:
-    """Type of the flags that a ReFT run cannot serve."""
+    """The type of flags that are not available with ReFT."""
     raise argparse.ArgumentTypeError(
-        "ReFT edits the states between GPT-2's blocks, which no weight of GPT-2 and no LoRA can do"
+        "ReFT edits hidden states, which neither GPT-2 weights nor a LoRA adapter can represent"
     )
 
 
-def _check_together(args: argparse.Namespace, default: Callable[[str], Any]) -> None:
-    """Raise UserError for flags that are right one by one but contradict each other."""
+def _check_conflicts(args: argparse.Namespace, default: Callable[[str], Any]) -> None:
+    """Raise UserError for flags that are valid on their own but not together."""
     modes = [name for name in ("predict_only", "resume", "overwrite") if getattr(args, name)]
     if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other: give one of them")
+        raise UserError(f"--{modes[0]} and --{modes[1]} contradict each other: use only one")
     if getattr(args, "import_peft", None):
         for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
             if getattr(args, name) != default(name):
-                raise UserError(f"--{name} beside --import_peft, whose folder decides it")
+                raise UserError(f"--{name} conflicts with --import_peft, which determines it")
     if getattr(args, "greedy", False) and args.num_samples > 1:
-        raise UserError("--num_samples beside --greedy, which writes the same poem each time")
+        raise UserError("--num_samples conflicts with --greedy, which always writes the same poem")
     given_least = getattr(args, "min_lines", None) != default("min_lines")
     if given_least and args.min_lines > args.max_lines:
-        raise UserError(f"--min_lines {args.min_lines} is more than --max_lines {args.max_lines}")
-    seen = {os.path.realpath(path): name for name, path in _given(args, INPUTS).items()}
-    for name, path in _given(args, OUTPUTS).items():
+        raise UserError(f"--min_lines {args.min_lines} exceeds --max_lines {args.max_lines}")
+    seen = {os.path.realpath(path): name for name, path in _given(args, INPUT_FLAGS).items()}
+    for name, path in _given(args, OUTPUT_FLAGS).items():
         other = seen.setdefault(os.path.realpath(path), name)
         if other != name:
             raise UserError(f"--{name} and --{other} are the same file, {path}")
     folders = _given(args, ("export_peft", "export_merged"))
     if len(set(map(os.path.realpath, [*folders.values(), "."]))) <= len(folders):
         raise UserError(
-            "--export_peft and --export_merged need a folder each, other than the current one"
+            "--export_peft and --export_merged need separate folders, other than the current one"
         )
     for name, folder in folders.items():
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if not (args.resume or is_free):  # a resumed run may find its own there
+        if not (args.resume or is_free):  # a resumed run may have written it already
             raise UserError(f"--{name}: {str(folder)!r} already exists and is not an empty folder")
 
 

@@ -1,8 +1,8 @@
-"""Ask a finished run: two questions get an answer with its probability, three lines a poem.
+"""Query a finished run: classify two questions, or continue three lines into a poem.
 
-python -m finetune.ask                                       # the newest run, asking for input
+python -m finetune.ask                                       # the newest run, interactively
 python -m finetune.ask lora-gpt2-3 "How old are you?" "What is your age?"
-python -m finetune.ask RUN --temperature 0.8 < lines.txt     # three lines for each poem
+python -m finetune.ask RUN --temperature 0.8 < lines.txt     # three lines per poem
 """
 
 import argparse
@@ -40,9 +40,9 @@ CPU, DECODING = Runtime(torch.device("cpu")), SamplingConfig()
 
 
 class Paraphraser:
-    """Answers whether two questions ask the same, by a GPT-2 with or without an adapter."""
+    """Decides whether two questions ask the same, using a GPT-2 with or without an adapter."""
 
-    n_lines = 2  # of an answer's input
+    n_lines = 2  # of input per answer
 
     def __init__(
         self, gpt: GPT2Model, tokenizer: "PreTrainedTokenizerFast", runtime: Runtime = CPU
@@ -52,7 +52,7 @@ class Paraphraser:
 
     @torch.inference_mode()
     def probability(self, first: str, second: str) -> float:
-        """The probability of "yes" for two questions as their authors wrote them."""
+        """The probability of "yes" for two questions, given as raw text."""
         pairs = Pairs(Path("question"), ids=["0"], first=[first], second=[second])
         n_positions = self.model.gpt.config.n_positions
         data = datasets.tokenize_pairs(pairs, self.tokenizer, n_positions)
@@ -62,13 +62,13 @@ class Paraphraser:
         return logits.softmax(1)[0, 1].item()
 
     def answer(self, first: str, second: str) -> str:
-        """The better answer and its probability, as `yes, 0.83`."""
+        """The more probable answer with its probability, such as `yes, 0.83`."""
         yes = self.probability(first, second)
         return f"yes, {yes:.2f}" if yes > 0.5 else f"no, {1 - yes:.2f}"
 
 
 class SonnetWriter:
-    """Continues poems by a GPT-2 with or without an adapter, in another way at each call."""
+    """Continues poems using a GPT-2 with or without an adapter, differently on each call."""
 
     n_lines = GIVEN_LINES
 
@@ -86,16 +86,16 @@ class SonnetWriter:
         self.n_written = 0
 
     def write(self, lines: list[str]) -> list[str]:
-        """The lines of a poem that begins with the three given ones."""
+        """The lines of a poem that begins with the three given lines."""
         lines = [line.strip() for line in lines]
         if len(lines) != GIVEN_LINES or not all(lines):
-            raise UserError(f"a poem starts from {GIVEN_LINES} lines, none of them empty")
+            raise UserError(f"a poem needs {GIVEN_LINES} non-empty lines to start from")
         self.n_written += 1
         (poem,) = self.generator.write([Sonnet(0, tuple(lines))], sample=self.n_written)
         return list(poem.lines)
 
     def answer(self, *lines: str) -> str:
-        """The poem as a text."""
+        """The poem as one string."""
         return "\n".join(self.write(list(lines))) + "\n"
 
 
@@ -107,13 +107,13 @@ def load(
     seed: int | None = None,
     **decoding: Any,
 ) -> Paraphraser | SonnetWriter:
-    """A finished run by its name, the beginning of it, or its folder; None is the newest.
+    """Load a finished run, given its name, a prefix of it, or its folder; None is the newest.
 
-    `runs_dir` is by default the project's. `decoding` replaces fields of the run's
-    `SamplingConfig`, `seed` the run's. Raises UserError if there is no such run, or if its base
-    checkpoint has changed.
+    `runs_dir` defaults to the project's. `decoding` overrides fields of the run's
+    `SamplingConfig`, `seed` the run's seed. Raises UserError if there is no such run, or if its
+    base checkpoint has changed.
     """
-    folder = _find_finished(run, Path(runs_dir or arguments.in_project("runs")))
+    folder = _find_finished(run, Path(runs_dir or arguments.project_path("runs")))
     record = read_record(folder)
     flags = record["arguments"]
     config = RuntimeConfig(use_gpu=use_gpu, precision=flags["precision"])
@@ -144,16 +144,16 @@ def _find_finished(run: str | Path | None, runs_dir: Path) -> Path:
     found = [find_run(run, runs_dir)] if run else finished_runs(runs_dir)
     if not found:
         raise UserError(
-            f"there is no finished run in {runs_dir}: train one, for example by "
+            f"no finished run in {runs_dir}; train one first, for example with "
             "python lora_paraphrase_detection.py --demo"
         )
     if not is_finished(found[0]):
-        raise UserError(f"{found[0]} is unfinished: its command with --resume finishes it")
+        raise UserError(f"{found[0]} is unfinished; repeat its command with --resume")
     return found[0]
 
 
 def _config(kind: type, values: dict[str, Any]) -> Any:
-    """A config dataclass from JSON, where tuples are lists."""
+    """A config dataclass from JSON values, in which tuples are lists."""
     own = {f.name: values[f.name] for f in fields(kind)}
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in own.items()})
 
@@ -163,9 +163,9 @@ def main(args: argparse.Namespace) -> None:
     decoding = {name: value for name, value in given.items() if value is not None}
     run = load(args.run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
     if isinstance(run, Paraphraser) and (decoding or args.seed is not None):
-        raise UserError("decoding flags and --seed are for a run that writes sonnets")
+        raise UserError("decoding flags and --seed are only for runs that write sonnets")
     if sys.stdin.isatty() and not args.text:
-        print(f"Type {run.n_lines} lines for each answer; Ctrl-D ends.", file=sys.stderr)
+        print(f"Type {run.n_lines} lines per answer; Ctrl-D quits.", file=sys.stderr)
     group: list[str] = []
     for line in args.text or sys.stdin:
         if line.strip():
@@ -174,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
             print(run.answer(*group), flush=True)
             group = []
     if group:
-        raise UserError(f"left over, as this run takes {run.n_lines} lines at a time: {group}")
+        raise UserError(f"this run takes {run.n_lines} lines at a time; left over: {group}")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -184,16 +184,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=arguments.HelpFormatter,
         allow_abbrev=False,
     )
-    help = "name of a run, the beginning of it, or its folder [the newest]"
+    help = "name, name prefix or folder of a run [the newest]"
     parser.add_argument("run", nargs="?", metavar="RUN", help=help)
-    help = "two questions, or three lines of a poem [from standard input]"
+    help = "two questions, or the first three lines of a poem [from standard input]"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=help)
-    help = "where the runs are [%(default)s]"
-    default = arguments.in_project("runs")
+    help = "folder of the runs [%(default)s]"
+    default = arguments.project_path("runs")
     parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
-    parser.add_argument("--use_gpu", action="store_true", help="CUDA, else Apple's MPS")
-    parser.add_argument("--seed", type=int, metavar="N", help="decides the poems [the run's]")
-    arguments.add_settings(parser, "generation [as the run's]", SamplingConfig, optional=True)
+    parser.add_argument("--use_gpu", action="store_true", help="use CUDA, or else Apple's MPS")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the poems [the run's]")
+    arguments.add_settings(parser, "generation [the run's settings]", SamplingConfig, optional=True)
     return parser.parse_args(argv)
 
 

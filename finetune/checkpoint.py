@@ -1,4 +1,4 @@
-"""The files of a run's adapter and of its state: tensors and plain values, no code."""
+"""Adapter and resume files, which hold tensors and plain values but no code."""
 
 import io
 from collections.abc import Callable
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from finetune.files import write_files
-from finetune.runtime import STEADIER, Runtime
+from finetune.runtime import STABILITY_ADVICE, Runtime
 from models.pretrained import first_line, read_plain
 from modules.adapters import adapter_state, load_adapter_state
 from modules.settings import UserError
 
 
 def save_adapter(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
-    """Write a model's adapter, with plain values that say what it is."""
+    """Save a model's adapter, with plain values that describe it."""
     write_files({path: _serialized({"about": about, "adapter": finite_adapter(model)})})
 
 
 def load_adapter(
     path: Path, model: nn.Module, identity: dict[str, Any], runtime: Runtime
 ) -> dict[str, Any]:
-    """Read an adapter into a model; returns what is saved about it.
+    """Load an adapter into a model; returns the values saved with it.
 
-    Raises UserError, naming both sides, if that differs from `identity`.
+    Raises UserError if they do not match those in `identity`.
     """
     about, state = runtime.from_main(lambda: read_adapter(path))
     for key, value in identity.items():
         if about.get(key) != value:
-            raise UserError(f"{path} has {key} {about.get(key)}, this run has {value}")
+            raise UserError(f"{path} has {key} {about.get(key)}, but this run has {value}")
     try:
         load_adapter_state(model, state)
     except UserError as error:
@@ -40,7 +40,7 @@ def load_adapter(
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What an adapter's file says about it, and its tensors; raises UserError."""
+    """An adapter file's descriptive values and its tensors; raises UserError if it is invalid."""
     saved = read_plain(path)
     saved = saved if isinstance(saved, dict) else {}
     about, state = saved.get("about"), saved.get("adapter")
@@ -55,20 +55,20 @@ def read_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def finite_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors; raises UserError if one has a value that is not finite."""
+    """The adapter's tensors; raises UserError if any value is not finite."""
     state = adapter_state(model)
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are no longer finite: {STEADIER}")
+            raise UserError(f"{name} has values that are no longer finite: {STABILITY_ADVICE}")
     return state
 
 
 @dataclass(frozen=True)
 class ResumeFile:
-    """The state of a run that has not ended; `state` is what `open` found."""
+    """The file with an unfinished run's state; `state` is what `open` read from it."""
 
     path: Path
-    conditions: dict[str, str]  # what must be the same for the run to end as if never stopped
+    conditions: dict[str, str]  # must match for the run to end as if it had never been stopped
     runtime: Runtime
     state: dict[str, Any] | None = None
 
@@ -78,16 +78,16 @@ class ResumeFile:
     ) -> "ResumeFile":
         """Read the file if it exists and is `wanted`.
 
-        Raises UserError if it exists and is not wanted, or was saved under other conditions.
+        Raises UserError if it exists and is not wanted, or was saved under different conditions.
         """
         found = runtime.from_main(path.exists)
         if found and not wanted:
             raise UserError(
                 f"{path.parent} is an unfinished run of this command: --resume resumes it, "
-                "--overwrite starts it anew"
+                "--overwrite starts it over"
             )
         if wanted and not found:
-            print(f"{path} does not exist: starting at the beginning")
+            print(f"{path} does not exist: starting from scratch")
         state = runtime.from_main(lambda: _read_state(path, conditions)) if found else None
         return cls(path, conditions, runtime, state)
 
@@ -97,17 +97,17 @@ class ResumeFile:
             load(self.state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{self.path} is damaged ({first_line(error)}): --overwrite starts the run anew"
+                f"{self.path} is damaged ({first_line(error)}): --overwrite starts the run over"
             ) from error
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state, which all ranks have in common."""
+        """Save the state, which is the same on all ranks."""
         if self.runtime.is_main:
             content = {"conditions": self.conditions, "state": state}
             write_files({self.path: _serialized(content)})
 
     def remove(self) -> None:
-        """The run has ended."""
+        """Delete the file of a finished run."""
         self.path.unlink(missing_ok=True)
 
 
@@ -119,8 +119,8 @@ def _read_state(path: Path, conditions: dict[str, str]) -> dict[str, Any]:
         before = saved["conditions"].get(name) if isinstance(saved["conditions"], dict) else None
         if before != value:
             raise UserError(
-                f"{path} is of a run with {name} {before}, here it is {value}: give the same, or "
-                "start anew with --overwrite"
+                f"{path} was saved when {name} was {before}, but now it is {value}: use the same "
+                "value, or start over with --overwrite"
             )
     return saved["state"]
 

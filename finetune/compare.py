@@ -1,4 +1,4 @@
-"""Compare finished runs: best first, those that differ only in seed as mean and deviation.
+"""Compare finished runs, best first, with mean and standard deviation over seeds.
 
 python -m finetune.compare                                  # all runs in runs/
 python -m finetune.compare reft-gpt2-3 lora-gpt2-3 --by trainable
@@ -14,24 +14,24 @@ from statistics import fmean, stdev
 from typing import Any
 
 from finetune import identity, report, run
-from finetune.arguments import HelpFormatter, in_project
+from finetune.arguments import HelpFormatter, project_path
 from finetune.files import write_files
 from modules.settings import UserError
 
-SCORES = {  # task -> column -> its name in a record's final metrics; the first one decides
+SCORES = {  # task -> column -> key in a record's final metrics; runs are ranked by the first
     "paraphrase": {"accuracy": "dev_accuracy", "macro_f1": "dev_macro_f1", "dev_loss": "dev_loss"},
     "sonnet": {"val_loss": "val_loss", "dev_loss": "dev_loss", "chrf": "dev_chrf"},
 }
-FORMATS = {  # column -> how the table shows it; the names below the table tell the model
+FORMATS = {  # column -> format in the table; the model is in the run names below it
     **{"n": "", "method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
     **{"accuracy": ".3f", "macro_f1": ".3f", "val_loss": ".3f", "dev_loss": ".3f", "chrf": ".1f"},
     **{"seconds": ",.0f", "memory_mb": ",.0f"},
 }
 MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
-# Flags that columns show, or that decide no adapter.
+# Flags that have a column, or do not affect the adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"}
-NOT_COMPARED |= identity.PREDICTION | identity.MACHINE | identity.NEITHER
-Group = dict[str, Any]  # runs that differ only in seed: means by column, `<column>_sd`, and more
+NOT_COMPARED |= identity.PREDICTION_FLAGS | identity.RUNTIME_FLAGS | identity.OTHER_FLAGS
+Group = dict[str, Any]  # runs that differ only in seed: column -> mean, `<column>_sd`, and more
 
 
 def main() -> None:
@@ -41,16 +41,16 @@ def main() -> None:
     records = [run.read_record(folder) for folder in folders if run.is_finished(folder)]
     if not records:
         raise UserError(
-            f"no finished run in {args.runs_dir}: train one, for example by "
+            f"no finished run in {args.runs_dir}; train one first, for example with "
             "python lora_paraphrase_detection.py --demo"
         )
     tasks = {task: ranked(records, task, args.by) for task in SCORES}
     tasks = {task: groups for task, groups in tasks.items() if groups}
     for task, groups in tasks.items():
-        print(f"{task}, mean±standard deviation of n seeds", format_groups(groups), sep="\n")
+        print(f"{task}, mean ± standard deviation over n seeds", format_groups(groups), sep="\n")
     for folder in folders:
         if not run.is_finished(folder):
-            print(f"unfinished (its command with --resume resumes it): {folder.name}")
+            print(f"unfinished (repeat its command with --resume): {folder.name}")
     if args.csv:
         write_files({args.csv: csv_text(sum(tasks.values(), []))})
     if args.png:
@@ -64,19 +64,19 @@ def get_args() -> argparse.Namespace:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    help = "a name, its beginning, or a folder [all in --runs_dir]"
+    help = "name, name prefix or folder of a run [all runs in --runs_dir]"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=help)
-    help, default = "where the runs are [%(default)s]", in_project("runs")
+    help, default = "folder of the runs [%(default)s]", project_path("runs")
     parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
-    help = f"order by {', '.join(FORMATS)} [accuracy, val_loss]"
+    help = f"column to sort by: {', '.join(FORMATS)} [accuracy, val_loss]"
     parser.add_argument("--by", choices=FORMATS, metavar="COLUMN", help=help)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all columns there, too")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the scores there, too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all columns to FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="also plot the scores to FILE")
     return parser.parse_args()
 
 
 def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Group]:
-    """The runs of a task in groups, best first: in order of `by`, if they have such a column."""
+    """A task's runs in groups, sorted by the column `by` if they have it, otherwise best first."""
     recipes: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["task"] == task:
@@ -87,11 +87,11 @@ def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Gro
 
 
 def summarize(records: list[dict[str, Any]]) -> Group:
-    """The group of these runs of one recipe, with the flags that no column shows."""
+    """The group of runs of one recipe, including the flags that have no column."""
     first = records[0]
     arguments, adapter = first["arguments"], first["adapter"]
     flags = {name: str(arguments[name]) for name in arguments.keys() - NOT_COMPARED}
-    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA}
+    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA_FLAGS}
     group = {
         "task": first["task"],
         "runs": [record["name"] for record in records],
@@ -115,7 +115,7 @@ def summarize(records: list[dict[str, Any]]) -> Group:
 
 
 def format_groups(groups: list[Group]) -> str:
-    """The groups as numbered lines, then their names and the flags in which they differ."""
+    """A numbered table of the groups, then their run names and the flags that differ."""
     columns = [name for name in FORMATS if name in groups[0] and name != "model"]
     rows = [["", *columns]]
     rows += [[str(i), *(cell(g, column) for column in columns)] for i, g in enumerate(groups, 1)]
@@ -124,7 +124,7 @@ def format_groups(groups: list[Group]) -> str:
     lines.append("")
     for i, group in enumerate(groups, 1):
         name, *others = group["runs"]
-        if others:  # as a shell expands it
+        if others:  # in the shell's brace notation
             name = f"{name[:-6]}{{{','.join(other[-6:] for other in group['runs'])}}}"
         lines.append(f"{i:>{widths[0]}}  {name}")
         for flag, value in sorted(group["flags"].items()):
@@ -134,7 +134,7 @@ def format_groups(groups: list[Group]) -> str:
 
 
 def cell(group: Group, column: str) -> str:
-    """A value as the table shows it, with its deviation."""
+    """A value as shown in the table, with its standard deviation if there is one."""
     text = format(group[column], FORMATS[column])
     if f"{column}_sd" in group:
         text += f"±{format(group[f'{column}_sd'], FORMATS[column])}"
@@ -142,7 +142,7 @@ def cell(group: Group, column: str) -> str:
 
 
 def csv_text(groups: list[Group]) -> str:
-    """A line for each group: all columns, and the standard deviations of the scores."""
+    """One line per group, with all columns and the standard deviations of the scores."""
     text = io.StringIO()
     scores = dict.fromkeys(f"{column}_sd" for task in SCORES.values() for column in task)
     columns = ["task", "runs", *FORMATS, *scores]
@@ -154,7 +154,7 @@ def csv_text(groups: list[Group]) -> str:
 
 
 def picture(tasks: dict[str, list[Group]]) -> bytes:
-    """A PNG, 800 pixels wide: each group's score and its deviation, tasks one below the other."""
+    """A PNG, 800 pixels wide: each group's score and standard deviation, one panel per task."""
     heights = [len(groups) + 2 for groups in tasks.values()]
     figure = report.new_figure(figsize=(8, 0.4 + 0.3 * sum(heights)), dpi=100)
     axes = figure.subplots(len(tasks), squeeze=False, height_ratios=heights)[:, 0]

@@ -1,4 +1,4 @@
-"""The model's side of decoding: logits for the next tokens of a batch, each token read once."""
+"""Next-token logits for a batch of growing texts, with a key/value cache."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from modules.kv_cache import KVCache
 
 
 class Decoder:
-    """Reads a batch of texts and then, token by token, what is added to them."""
+    """Runs the model on a batch of texts, then on one new token per text at a time."""
 
-    drops_rows = True  # of texts that are finished
+    removes_finished = True  # finished texts leave the batch
 
     def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
         self.gpt, self.runtime, self.longest = gpt, runtime, longest
@@ -27,13 +27,13 @@ class Decoder:
         n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
         return KVCache(n_layer, n_rows, self.longest, self.lengths.device)
 
-    def read_texts(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Logits [B,V] for the first new token of each text."""
         column = torch.arange(self.input_ids.shape[1], device=self.lengths.device)
         return self.logits(self.input_ids, (column < self.lengths[:, None]).long())
 
     def read(self, tokens: Tensor) -> Tensor:
-        """Logits [B,V] for the next token, after these [B]."""
+        """Logits [B,V] for the token after `tokens` [B]."""
         return self.logits(tokens[:, None])
 
     def keep(self, rows: Tensor) -> None:
@@ -42,35 +42,35 @@ class Decoder:
         self.lengths = self.lengths[rows]
 
     def logits(self, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits [B,V] after [B,T] more tokens."""
+        """Logits [B,V] after T more tokens per text, `input_ids` [B,T]."""
         with self.runtime.autocast():
             states = self.gpt(
                 input_ids,
                 mask,
                 cache=self.cache,
-                prompt_lengths=self.lengths,  # ReFT's prompt is the whole text that was given
+                prompt_lengths=self.lengths,  # to ReFT, the whole given text is the prompt
                 last_only=True,
             )
         return self.gpt.hidden_state_to_token(states["last_token"])
 
 
 class GPUDecoder(Decoder):
-    """The same by kernels that are the same for each token, so that they can be a CUDA graph.
+    """The same in fixed shapes: each token launches the same kernels, as a CUDA graph requires.
 
-    A text that is finished stays in the batch. It is read on and on, to no use.
+    Finished texts stay in the batch; what they produce is ignored.
     """
 
-    drops_rows = False
+    removes_finished = False
 
     def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
         super().__init__(gpt, texts, longest, runtime)
         self.n_read = self.lengths
         self.step = self.next_logits
-        if runtime.decodes_by_graphs:
+        if runtime.decodes_with_graphs:
             self.step = CUDAGraphs(self.next_logits, "decoding")
 
     def make_cache(self) -> KVCache:
-        size = -(-self.longest // 16) * 16  # attention's bias is copied in each layer otherwise
+        size = -(-self.longest // 16) * 16  # otherwise each layer copies the attention bias
         n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
         return KVCache(n_layer, n_rows, size, self.lengths.device, fixed_shapes=True)
 
@@ -80,6 +80,6 @@ class GPUDecoder(Decoder):
         return logits
 
     def next_logits(self, input_ids: Tensor, n_read: Tensor) -> tuple[Tensor]:
-        """`logits` of a token in each row, [B,1], that follows `n_read` [B]."""
-        self.cache.lengths, self.cache.longest = n_read, 1  # however often this is called
+        """`logits` after one more token per row, `input_ids` [B,1], at position `n_read` [B]."""
+        self.cache.lengths, self.cache.longest = n_read, 1  # independent of previous calls
         return (self.logits(input_ids),)

@@ -1,4 +1,4 @@
-"""Early stopping: the one place that says which epoch is best and when to stop."""
+"""Early stopping: the one place that decides which epoch is best and when to stop."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from modules.settings import check_settings, setting
 
 @dataclass(frozen=True)
 class EarlyStoppingConfig:
-    """How long to wait for how much; 0 epochs of patience never stop a run."""
+    """How many epochs to wait for how much improvement; a patience of 0 never stops a run."""
 
     early_stopping_patience: int = setting(
-        5, "stop after N epochs without a total gain of --min_improvement, 0 is never", least=0
+        5, "stop after N epochs with a total gain below --min_improvement, 0 is off", least=0
     )
     min_improvement: float = setting(
-        0.01, "of dev accuracy (a share) or of the validation loss (nats)", least=0
+        0.01, "smallest gain that counts, in dev accuracy (0-1) or validation loss (nats)", least=0
     )
 
     def __post_init__(self):
@@ -21,17 +21,17 @@ class EarlyStoppingConfig:
 
 
 class EarlyStopper:
-    """Follows one dev metric; `mode` is "max" where more is better, "min" where less is."""
+    """Tracks one dev metric; `mode` is "max" if higher is better, "min" if lower is."""
 
     def __init__(self, metric: str, mode: str, config: EarlyStoppingConfig):
         self.metric = metric
         self.sign = {"max": 1.0, "min": -1.0}[mode]
         self.config = config
-        self.best = self.reference = float("-inf")  # signed: more is better
+        self.best = self.reference = float("-inf")  # signed, so that higher is better
         self.waited = 0
 
     def update(self, metrics: dict[str, float]) -> bool:
-        """Take an epoch's dev metrics; True if it is the best so far (a NaN never is)."""
+        """Add an epoch's dev metrics; returns True if it is the best so far (a NaN never is)."""
         value = self.sign * metrics[self.metric]
         if value >= self.reference + self.config.min_improvement:
             self.reference, self.waited = value, 0

@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, one sentence for what a user can mend, signals."""
+"""How a run ends: exit codes, one-sentence messages for errors that a user can fix, signals."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from finetune.runtime import LESS_MEMORY, torchrun_place
+from finetune.runtime import MEMORY_ADVICE, torchrun_ranks
 from modules.settings import UserError
 
 OUT_OF_MEMORY = re.compile(
@@ -21,30 +21,30 @@ OUT_OF_MEMORY = re.compile(
     "|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
     "|CUBLAS_STATUS_NOT_INITIALIZED when calling .cublas(Lt)?Create"  # no room for its workspace
 )
-PEER_GONE = re.compile(
+PEER_EXITED = re.compile(
     "Connection (closed|reset) by peer|Broken pipe|Read timeout|Socket closed|ncclRemoteError"
 )
 NOT_DETERMINISTIC = re.compile(r"\w+ does not have a deterministic implementation")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TO_RESUME = "the same command with --resume resumes it"
+RESUME_ADVICE = "run the same command with --resume to continue"
 
 
 class Finished(Exception):
-    """There is nothing left to do; the message says why."""
+    """Raised when there is nothing to do; the message says why."""
 
 
 class Interrupted(BaseException):
-    """The signal `signum` asks the run to end."""
+    """Raised when the signal `signum` asks the run to stop."""
 
     def __init__(self, signum: int):
         self.signum = signum
 
 
 @contextlib.contextmanager
-def held_signals() -> Iterator[Callable[[], int]]:
-    """Within, SIGNALS are only noted; yields a function that returns the one that came, or 0.
+def deferred_signals() -> Iterator[Callable[[], int]]:
+    """Defer SIGNALS in the block; yields a function that returns the last one received, or 0.
 
-    Raises Interrupted after the block if one came.
+    Raises Interrupted after the block if one was received.
     """
     came = []
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
@@ -61,21 +61,21 @@ def held_signals() -> Iterator[Callable[[], int]]:
 
 
 def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> None:
-    """Call a script's main: what a user can mend ends in one sentence and exit code 1.
+    """Call a script's main; an error that a user can fix ends it with one sentence and exit code 1.
 
-    SIGTERM ends in 143, SIGINT in 130 and SIGHUP in 129, with `advice`. With `debug` the traceback
-    is shown too. Of several ranks only rank 0 prints.
+    The exit code is 143 after SIGTERM, 130 after SIGINT and 129 after SIGHUP, with `advice` shown.
+    `debug` also shows the traceback. Only rank 0 prints to stdout.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  until the process ends
-        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            # No character is worth a run; logs can be followed.
+        elif isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            # A character that cannot be encoded must not end a run, and logs must be current.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    if torchrun_place()[0]:
+    if torchrun_ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
-    if not dist.is_torchelastic_launched():  # its processes end at once, waiting or not
+    if not dist.is_torchelastic_launched():  # torchrun's processes end at once, even when blocked
         for signum in set(SIGNALS) - {signal.SIGINT}:
             if signal.getsignal(signum) == signal.SIG_DFL:
                 signal.signal(signum, _interrupt)
@@ -83,7 +83,7 @@ def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> N
     try:
         main()
         if dist.is_initialized():
-            dist.barrier()  # until rank 0 has written everything
+            dist.barrier()  # wait until rank 0 has written everything
     except SystemExit:
         raise
     except Finished as finished:
@@ -91,14 +91,14 @@ def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> N
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        code, reason = _verdict(error, advice)
+        code, reason = _exit_code_and_message(error, advice)
         if not reason:
             raise
     _exit(code, reason)
 
 
-def _verdict(error: BaseException, advice: str) -> tuple[int, str]:
-    """Exit code and sentence; no sentence for a fault of the program."""
+def _exit_code_and_message(error: BaseException, advice: str) -> tuple[int, str]:
+    """Exit code and message; the message is empty for a bug in the program."""
     if isinstance(error, Interrupted | KeyboardInterrupt):
         signum = getattr(error, "signum", signal.SIGINT)
         sentence = f"stopped by {signal.Signals(signum).name}"
@@ -106,11 +106,11 @@ def _verdict(error: BaseException, advice: str) -> tuple[int, str]:
     if isinstance(error, UserError | OSError):
         return 1, str(error)
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-        return 1, f"out of memory: {LESS_MEMORY}; earlier saves are intact"
+        return 1, f"out of memory: {MEMORY_ADVICE}; earlier saves are intact"
     if found := NOT_DETERMINISTIC.search(str(error)):
         return 1, f"{found[0]} on this device: leave out --deterministic"
-    if dist.is_initialized() and PEER_GONE.search(str(error)):
-        return 1, "another process has gone"
+    if dist.is_initialized() and PEER_EXITED.search(str(error)):
+        return 1, "another process has exited"
     return 1, ""
 
 
@@ -119,9 +119,9 @@ def _interrupt(signum: int, frame: object) -> None:
 
 
 def _exit(code: int, reason: str) -> None:
-    rank = torchrun_place()[0]
+    rank = torchrun_ranks()[0]
     if code == 1:
-        if rank:  # if rank 0 fails as well, torchrun ends this one before it says so too
+        if rank:  # if rank 0 fails too, torchrun ends this one before it repeats the error
             time.sleep(3)
         reason = f"error{f' on rank {rank}' if rank else ''}: {reason}"
     if reason and (code == 1 or not rank):
@@ -131,6 +131,6 @@ def _exit(code: int, reason: str) -> None:
             sys.exit(code)
         return
     sys.stdout.flush()
-    # DistributedDataParallel keeps the group alive, whose threads can abort the interpreter while
-    # it shuts down: exit without that.
+    # DistributedDataParallel keeps the process group alive, and its threads can abort the
+    # interpreter's shutdown, so skip the shutdown.
     os._exit(code)

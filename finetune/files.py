@@ -1,4 +1,4 @@
-"""Write files atomically, and keep two runs from writing the same ones."""
+"""Write files atomically, and keep two runs from writing to the same files."""
 
 import contextlib
 import filecmp
@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 
 
 def write_files(contents: dict[Path, str | bytes]) -> None:
-    """Write files as one set: all are on the disk before the first of them takes its name.
+    """Write files as one set: all are on disk before the first is renamed to its final name.
 
-    Raises OSError, with a sentence, if one cannot be written; then none has changed.
+    Raises OSError with a one-sentence message if one cannot be written; then none has changed.
     """
     temporaries: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
             with _explained(path):
-                path = Path(os.path.realpath(path))  # a link stays one
+                path = Path(os.path.realpath(path))  # so that a link is kept
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporaries[path] = path.with_name(f".{path.name}.tmp")
                 data = content.encode() if isinstance(content, str) else content
@@ -39,9 +39,9 @@ def write_files(contents: dict[Path, str | bytes]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; on success it becomes `path`, else it is removed.
+    """Yield a temporary folder next to `path`; it becomes `path` on success, else it is removed.
 
-    Raises OSError if `path` exists and is neither an empty folder nor the same, file by file.
+    Raises OSError if `path` exists, unless it is an empty folder or has the same files.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -51,7 +51,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.iterdir():
-                file.chmod(0o644)  # safetensors makes its files unreadable for others
+                file.chmod(0o644)  # safetensors makes its files unreadable to other users
                 _flush_to_disk(file)
             if not _same_files(temporary, path):
                 os.replace(temporary, path)
@@ -63,7 +63,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def lock(path: Path, busy: str, timeout: float = 0) -> FileLock:
     """Lock a file until the lock is released or the process ends.
 
-    Raises OSError with the sentence `busy` if another process holds it for `timeout` seconds.
+    Raises OSError with message `busy` if another process still holds it after `timeout` seconds.
     """
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,36 +76,36 @@ def lock(path: Path, busy: str, timeout: float = 0) -> FileLock:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OSError unless a regular file can be written at `path`, now or later."""
+    """Raise OSError if `path` cannot be written as a regular file; creates its parent folder."""
     with _explained(path):
         if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "no regular file"
-            raise OSError(f"{path} is {what}, a file is to be written there")
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise OSError(f"{path} cannot be written: it is {what}")
         folder = Path(os.path.realpath(path)).parent
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise OSError(f"{folder} is not writable, {path.name} is to be written there")
+            raise OSError(f"{folder} is not writable, so {path.name} cannot be written there")
 
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into a sentence."""
+    """Turn errors from writing `path` into OSErrors with a one-sentence message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None)
         if reason is None and isinstance(error, OSError):
-            raise  # has its sentence
+            raise  # already has such a message
         raise OSError(f"{path} cannot be written: {reason or error}; it is unchanged") from error
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power loss."""
+    """Flush a file, or the names in a folder, so that it survives a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError:
-        if not path.is_dir():  # some file systems cannot do it for folders
+        if not path.is_dir():  # some file systems cannot flush folders
             raise
     finally:
         os.close(descriptor)

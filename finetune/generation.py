@@ -1,4 +1,4 @@
-"""Decoding: the loop that grows texts token by token, and the sonnets that it writes."""
+"""Text generation: the decoding loop for a batch of texts, and the sonnets written with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LineCounter:
-    """Finds the lines of a poem that is given as token ids."""
+    """Counts the lines of a poem given as token ids."""
 
-    ends: frozenset[int]  # the tokens that hold a line end
+    ends: frozenset[int]  # the tokens that contain a newline
     decode: Callable[[list[int]], str]
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "LineCounter":
-        """For a byte-level BPE, in whose vocabulary a line end is written Ċ."""
+        """For a byte-level BPE, whose vocabulary writes a newline as Ċ."""
         ends = frozenset(token for text, token in tokenizer.get_vocab().items() if "Ċ" in text)
         return cls(ends, tokenizer.backend_tokenizer.decode)
 
     def n_complete(self, text: list[int]) -> int:
-        """How many lines have an end."""
+        """The number of lines that end in a newline."""
         return len(poem_lines(self.decode(text).rpartition("\n")[0]))
 
 
 class Sequence:
-    """A growing text, `longest` tokens at most, with a random generator of its own."""
+    """A text being generated, at most `longest` tokens long, with its own random generator."""
 
     def __init__(self, prompt: list[int], seed: tuple, longest: int, counter: LineCounter):
         self.text, self.longest, self.counter = list(prompt), longest, counter
@@ -56,11 +56,11 @@ class Sequence:
 
     @property
     def n_lines(self) -> int:
-        """Lines so far, including one that is not complete."""
+        """The number of lines so far, including an incomplete last line."""
         return self.complete_lines + (self.text[-1] not in self.counter.ends)
 
     def add(self, token: int, end_of_text: int, max_lines: int) -> None:
-        """Append the next token. End of text, the last line or the longest length finish it."""
+        """Append a token; finish at end of text, at `max_lines` lines or at `longest` tokens."""
         self.text.append(token)
         if token in self.counter.ends:
             self.complete_lines = self.counter.n_complete(self.text)
@@ -75,9 +75,9 @@ def choose_tokens(
     config: SamplingConfig,
     u: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each sequence, int64 [B], from logits [B,V], which change.
+    """The next token of each sequence, int64 [B], from logits [B,V], which may be overwritten.
 
-    They are drawn by the numbers u [B,1], or else by the sequences' generators.
+    Tokens are sampled with the random numbers u [B,1], or else with the sequences' generators.
     """
     texts = [sequence.text for sequence in sequences]
     if config.repetition_penalty != 1:
@@ -87,7 +87,7 @@ def choose_tokens(
     growing = [i for i, sequence in enumerate(sequences) if not sequence.is_finished]
     too_short = [i for i in growing if sequences[i].n_lines < config.min_lines]
     if too_short:
-        all_are = len(too_short) == len(growing)  # so no index is brought to the device
+        all_are = len(too_short) == len(growing)  # then no index is copied to the device
         logits[slice(None) if all_are else too_short, end_of_text] = -torch.inf
     if config.greedy:
         return logits.argmax(1)
@@ -105,16 +105,16 @@ def generate(
     config: SamplingConfig,
     runtime: Runtime,
 ) -> list[list[int]]:
-    """Let all sequences grow in one batch; returns their texts, without end of text."""
-    if not sequences:  # of a rank that has none
+    """Continue all sequences in one batch; returns their token ids without end of text."""
+    if not sequences:  # this rank's shard is empty
         return []
     rows, u, n_steps = sequences, None, 0
     decoder_type = GPUDecoder if runtime.decodes_in_fixed_shapes else Decoder
     with prepacked(gpt, len(rows), runtime.autocast_dtype or torch.float32):
         longest = max(s.longest for s in rows)
         decoder = decoder_type(gpt, [s.text for s in rows], longest, runtime)
-        numbers = None if decoder.drops_rows else random_numbers(rows, runtime.device)
-        logits = decoder.read_texts()
+        numbers = None if decoder.removes_finished else random_numbers(rows, runtime.device)
+        logits = decoder.prefill()
         while True:
             if numbers is not None:
                 u = numbers[:, n_steps : n_steps + 1]
@@ -125,7 +125,7 @@ def generate(
             left = [i for i, sequence in enumerate(rows) if not sequence.is_finished]
             if not left:
                 break
-            if decoder.drops_rows and len(left) < len(rows):
+            if decoder.removes_finished and len(left) < len(rows):
                 rows, tokens = [rows[i] for i in left], tokens[left]
                 decoder.keep(torch.tensor(left, device=runtime.device))
             logits = decoder.read(tokens)
@@ -134,9 +134,9 @@ def generate(
 
 
 def random_numbers(sequences: list[Sequence], device: torch.device) -> Tensor:
-    """For each sequence those of all its new tokens, float64 [B,longest].
+    """Random numbers for up to T new tokens of each sequence, float64 [B,T], on the device.
 
-    Brought to a GPU one by one they would have to wait for it.
+    Copying one number per token to a GPU would make the host wait for it each time.
     """
     rows = [torch.from_numpy(s.generator.random(s.longest - len(s.text))) for s in sequences]
     return pad_sequence(rows, batch_first=True).to(device)
@@ -144,7 +144,7 @@ def random_numbers(sequences: list[Sequence], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class SonnetGenerator:
-    """Continues sonnets; a text depends only on the seed, the sonnet and the sample's number."""
+    """Continues sonnets; a text depends only on the seed, the sonnet and the sample number."""
 
     gpt: GPT2Model
     tokenizer: "PreTrainedTokenizerFast"
@@ -153,7 +153,7 @@ class SonnetGenerator:
     runtime: Runtime
 
     def write(self, sonnets: list[Sonnet], sample: int = 0) -> list[Sonnet]:
-        """The sonnets' given lines, each with a new continuation."""
+        """Continue the given lines of each sonnet; returns the whole poems."""
         self.gpt.eval()
         n_positions, counter = self.gpt.config.n_positions, LineCounter.of(self.tokenizer)
         prompts = tokenize_prompts(sonnets, self.tokenizer, n_positions)

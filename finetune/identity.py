@@ -1,4 +1,4 @@
-"""What decides a run's adapter: flags, seed, base checkpoint and data, these two by content."""
+"""What determines a run's adapter: flags, seed, and the content of base checkpoint and data."""
 
 import hashlib
 import json
@@ -11,41 +11,43 @@ from finetune.sampling import SamplingConfig
 from models.pretrained import fingerprint
 from modules.settings import UserError
 
-# Flags whose files decide the adapter, and all that name files to read.
-DATA = ("para_train", "para_dev", "sonnet_path", "import_peft")
-INPUTS = (*DATA, "para_test", "held_out_sonnet_path", "dev_sonnet_path", "dev_gold_path")
-OUTPUTS = ("para_dev_out", "para_test_out", "sonnet_out")
-# Flags that decide predictions, but not the adapter.
-PREDICTION = {field.name for field in fields(SamplingConfig)} | {"num_samples", *INPUTS} - {*DATA}
-# Flags that change rounding and how dropout is drawn: a resumed run must repeat them.
-MACHINE = {field.name for field in fields(RuntimeConfig)} - {"precision"}
-# Flags that change neither; the base checkpoint counts by its content.
-NEITHER = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged", *OUTPUTS}
-NEITHER |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}
+# Flags whose files determine the adapter, and all flags that name input files.
+DATA_FLAGS = ("para_train", "para_dev", "sonnet_path", "import_peft")
+INPUT_FLAGS = (*DATA_FLAGS, "para_test", "held_out_sonnet_path", "dev_sonnet_path", "dev_gold_path")
+OUTPUT_FLAGS = ("para_dev_out", "para_test_out", "sonnet_out")
+# Flags that affect predictions but not the adapter.
+PREDICTION_FLAGS = {field.name for field in fields(SamplingConfig)} | {"num_samples"}
+PREDICTION_FLAGS |= {*INPUT_FLAGS} - {*DATA_FLAGS}
+# Flags that affect rounding and dropout masks: a resumed run must use the same values.
+RUNTIME_FLAGS = {field.name for field in fields(RuntimeConfig)} - {"precision"}
+# Flags that affect neither; the base checkpoint is identified by its content.
+OTHER_FLAGS = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged"}
+OTHER_FLAGS |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}
+OTHER_FLAGS |= {*OUTPUT_FLAGS}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A run as its folder is named, and as its adapter is known again."""
+    """The values that name a run's folder and identify its adapter."""
 
     method: str
     task: str
     model: str
     base: str  # SHA-256 of the base checkpoint
-    stem: str  # of the folder's name: method, model, epochs, learning rate, rank, task
-    digest: str  # hex digits of all that decides the adapter
-    recipe: str  # the same for runs that differ in their seeds alone
+    stem: str  # start of the folder's name: method, model, epochs, learning rate, rank, task
+    digest: str  # SHA-256, in hex, of everything that determines the adapter
+    recipe: str  # the same without the seed
 
     @classmethod
     def of(cls, flags: dict[str, Any], task: str, adapter: Any, base: Path) -> "Identity":
-        """The identity of a script's run with an adapter's config, on the checkpoint in `base`."""
+        """The identity of a run with these flags and adapter config on the checkpoint in `base`."""
         model = flags["model_path"].resolve().name if flags["model_path"] else flags["model_size"]
         rank = "peft" if flags.get("import_peft") else adapter.rank
         epochs = 0 if predicts_with_import(flags) else flags["epochs"]
         stem = "-".join(map(str, (adapter.method, model, epochs, flags["lr"], rank, task)))
         base_digest = fingerprint(base)
         decisive = {"method": adapter.method, "task": task, "base": base_digest}
-        decisive |= _decisive_flags(flags)
+        decisive |= _determining_flags(flags)
         digest, recipe = _sha256_of_json(decisive), _sha256_of_json(decisive | {"seed": None})
         return cls(adapter.method, task, model, base_digest, stem, digest, recipe)
 
@@ -54,25 +56,25 @@ class Identity:
         """The name of the run and of its folder."""
         return f"{self.stem}-{self.digest[:6]}"
 
-    def of_adapter(self) -> dict[str, str]:
-        """What must be the same where the run's adapter is loaded."""
+    def adapter_metadata(self) -> dict[str, str]:
+        """The values that must match when the run's adapter is loaded."""
         return {key: getattr(self, key) for key in ("method", "task", "model", "base")}
 
 
 def predicts_with_import(flags: dict[str, Any]) -> bool:
-    """True for a run that trains nothing and predicts with an adapter of PEFT."""
+    """True for a run that only predicts, with an imported PEFT adapter."""
     return bool(flags["predict_only"] and flags.get("import_peft"))
 
 
-def _decisive_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags that decide the adapter; of files, the content."""
+def _determining_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that determine the adapter, with files replaced by their SHA-256."""
     decisive = {}
     for name, value in flags.items():
         if name == "import_peft" and value:
             decisive[name] = [_sha256_of_file(path) for path in sorted(value.glob("adapter_*"))]
-        elif name in DATA and value:
+        elif name in DATA_FLAGS and value:
             decisive[name] = _sha256_of_file(value)
-        elif name not in PREDICTION | MACHINE | NEITHER:
+        elif name not in PREDICTION_FLAGS | RUNTIME_FLAGS | OTHER_FLAGS:
             decisive[name] = str(value)
     return decisive
 

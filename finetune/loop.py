@@ -1,4 +1,4 @@
-"""The training loop: accumulation, schedule, a dev pass an epoch, early stopping, resuming."""
+"""The training loop: accumulation, schedule, dev pass per epoch, early stopping, resuming."""
 
 import contextlib
 import math
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from datasets import Batches, pad_to_few_shapes
 from finetune.checkpoint import ResumeFile, finite_adapter
 from finetune.early_stopping import EarlyStopper
-from finetune.ending import Interrupted, held_signals
+from finetune.ending import Interrupted, deferred_signals
 from finetune.progress import Fitted, Progress, bar
-from finetune.runtime import STEADIER, LargestBefore, Runtime, random_state, set_random_state
+from finetune.runtime import STABILITY_ADVICE, DelayedMax, Runtime, random_state, set_random_state
 from modules.adapters import load_adapter_state, trainable
 from modules.cuda_graphs import CUDAGraphs
 from modules.reft import orthonormalize
@@ -26,9 +26,9 @@ from modules.settings import UserError, check_settings, setting
 Batch = dict[str, Tensor]
 Log = Callable[[dict[str, float], int], None]
 
-SMALLEST_SCALE = 1e-4  # of float16's losses, as in fairseq; 30 skipped steps in a row come to it
+SMALLEST_SCALE = 1e-4  # of float16 losses, as in fairseq: reached after 30 skipped steps in a row
 
-SCHEDULES = {  # name -> share of the learning rate at progress 0..1 after warm-up
+SCHEDULES = {  # name -> factor of the learning rate at progress 0..1 after warm-up
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
     "cosine": lambda progress: 0.5 + 0.5 * math.cos(math.pi * progress),
@@ -44,14 +44,12 @@ class FitConfig:
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", least=0)
     grad_accum: int = setting(1, "batches per optimizer step", least=1)
     grad_clip: float = setting(0.0, "largest gradient norm, 0 is off", least=0)
-    lr_schedule: str = setting(
-        "constant", "of the learning rate after the warm-up", choices=SCHEDULES
-    )
+    lr_schedule: str = setting("constant", "learning rate after the warm-up", choices=SCHEDULES)
     warmup_ratio: float = setting(
-        0.0, "share of all steps in which the learning rate rises", least=0, below=1
+        0.0, "share of all steps in which the learning rate rises linearly", least=0, below=1
     )
     save_every: int = setting(
-        500, "steps between two saves of the run's state, 0 saves after each epoch", least=0
+        500, "steps between saves of the run's state, 0 saves after each epoch only", least=0
     )
 
     def __post_init__(self):
@@ -72,10 +70,10 @@ def fit(
     resume: ResumeFile | None = None,
     log: Log = lambda values, step: None,
 ) -> Fitted:
-    """Train what requires a gradient, from the start or from the state in `resume`.
+    """Train the parameters that require a gradient, from scratch or from the state in `resume`.
 
-    `evaluate()` gives the dev metrics; `save_best(record)` is called after an epoch that the
-    stopper finds the best so far; `log(values, step)` gets losses and metrics after each epoch, and
+    `evaluate()` returns the dev metrics; `save_best(record)` is called after each epoch that is
+    the stopper's best so far; `log(values, step)` receives losses and metrics after each epoch, and
     the running loss once a second. Raises UserError if a loss or a weight is not finite.
     """
     batches = batches.shard(runtime.rank, runtime.world_size)
@@ -101,7 +99,7 @@ def fit(
 
 @dataclass(eq=False)
 class Trainer:
-    """An optimizer step: accumulation, clipping, schedule, and for float16 loss scaling."""
+    """Optimizer steps: accumulation, clipping, schedule, and loss scaling for float16."""
 
     bare_model: nn.Module
     loss_function: Callable[[nn.Module, Batch], Tensor]
@@ -117,18 +115,18 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_half)
         self.progress = Progress()
         self.graphs = None
-        if self.runtime.trains_by_graphs:
+        if self.runtime.trains_with_graphs:
             self.graphs = CUDAGraphs(self.loss_and_gradients, "training")
 
     def backward(self, batch: Batch, weight: float = 1.0, is_last: bool = True) -> Tensor:
-        """Add the gradient of a batch to those of the same step; returns the batch's loss.
+        """Add a batch's gradient to those of the same step; returns the batch's loss.
 
-        `weight` is that of its loss in the step's. Ranks reduce gradients with the last batch.
+        `weight` is its loss's weight in the step. Ranks all-reduce gradients with the last batch.
         """
         if self.graphs:
             n_positions = self.bare_model.gpt.config.n_positions
             if (padded := pad_to_few_shapes(batch, n_positions)) is not None:
-                return self._backward_by_graph(padded, weight)
+                return self._backward_with_graph(padded, weight)
         weight = weight * self.runtime.world_size  # the all-reduce takes the mean
         reduce_later = not is_last and self.runtime.world_size > 1
         with self.model.no_sync() if reduce_later else contextlib.nullcontext():
@@ -137,7 +135,7 @@ class Trainer:
             self.scaler.scale(loss * weight).backward()
         return loss.detach()
 
-    def _backward_by_graph(self, batch: Batch, weight: float) -> Tensor:
+    def _backward_with_graph(self, batch: Batch, weight: float) -> Tensor:
         batch = self.runtime.to_device(batch | {"weight": torch.tensor(weight)})
         loss, *gradients = self.graphs(**batch)
         for parameter in self.trainable:
@@ -147,7 +145,7 @@ class Trainer:
         return loss.clone()
 
     def loss_and_gradients(self, weight: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
-        """A batch's loss and the gradients that it adds, as a function of tensors for a graph."""
+        """A batch's loss and gradients, as a function of tensors alone, for a CUDA graph."""
         with self.runtime.autocast():
             loss = self.loss_function(self.model, batch)
         gradients = torch.autograd.grad(self.scaler.scale(loss * weight), self.trainable)
@@ -168,13 +166,13 @@ class Trainer:
         self.progress.steps += 1
 
     def read_losses(self) -> float:
-        """The epoch's mean loss so far. It waits for a GPU, so no step calls it.
+        """The epoch's mean loss so far. This waits for a GPU, so it is not done at every step.
 
-        Raises UserError for a loss that is not finite, in float16 for gradients that stay so.
+        Raises UserError for a loss that is not finite, or for float16 gradients that never are.
         """
         if self.is_half and self.scaler.get_scale() < SMALLEST_SCALE:
             raise UserError(
-                f"step {self.progress.steps}: every gradient overflows in float16: {STEADIER}"
+                f"step {self.progress.steps}: all gradients overflow in float16: {STABILITY_ADVICE}"
             )
         return self.progress.read_losses(skip_infinite=self.is_half)
 
@@ -189,10 +187,10 @@ def lr_factor(config: FitConfig, batches_per_epoch: int, step: int) -> float:
 
 
 def report_memory(trainer: Trainer, batches: Batches) -> None:
-    """Run a forward and backward pass on the longest examples and say how much memory it took.
+    """Run a forward and backward pass on the longest examples and print the memory it took.
 
-    A batch too large for the memory fails now and not in the middle of an epoch. Weights and random
-    generators stay as they were.
+    So a batch that is too large fails now and not in the middle of an epoch. Weights and random
+    generators are left unchanged.
     """
     runtime = trainer.runtime
     state = random_state(runtime.device)
@@ -207,9 +205,9 @@ def report_memory(trainer: Trainer, batches: Batches) -> None:
 
 
 def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, log: Log) -> float:
-    """The rest of an epoch; returns the mean training loss of its examples.
+    """Train for the rest of an epoch; returns the mean loss of its examples.
 
-    Saves every so many steps, at the end, and when a signal asks the run to end.
+    Saves every `save_every` steps, at the end, and when a signal asks the run to stop.
     """
     config, runtime, progress = trainer.config, trainer.runtime, trainer.progress
     rest = islice(batches.epoch(progress.epoch), progress.batches, None)
@@ -220,9 +218,9 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
         unit=batches.unit,
         disable=not runtime.is_main,
     )
-    agree = LargestBefore(runtime)
+    agree = DelayedMax(runtime)
     last = shown = time.perf_counter()
-    with examples, held_signals() as signal_came:
+    with examples, deferred_signals() as signal_came:
         while group := list(islice(rest, config.grad_accum)):
             for i, (batch, share) in enumerate(group, 1):
                 loss = trainer.backward(batch, share.weight / len(group), is_last=i == len(group))
@@ -249,10 +247,10 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
 def _end_epoch(
     trainer: Trainer, stopper: EarlyStopper, metrics: dict[str, float]
 ) -> dict[str, Any]:
-    """Have the stopper judge an epoch; returns its record, which is printed and kept."""
+    """Let the stopper judge an epoch; prints and returns the epoch's record."""
     epoch = trainer.progress.epoch + 1
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"epoch {epoch}: the metrics are {metrics}: {STEADIER}")
+        raise UserError(f"epoch {epoch}: the metrics are {metrics}: {STABILITY_ADVICE}")
     record = {"epoch": epoch, **metrics}
     if trainer.is_half:
         taken = int(trainer.optimizer.state.get(trainer.trainable[0], {}).get("step", 0))
@@ -267,7 +265,7 @@ def _end_epoch(
 
 
 def _save(trainer: Trainer, resume: ResumeFile | None) -> None:
-    """Read the losses, and save all that a resumed run needs."""
+    """Read the losses, and save everything that a resumed run needs."""
     trainer.read_losses()
     if resume is None:
         return

@@ -1,4 +1,4 @@
-"""Scores: of paraphrase predictions, and of poems by loss, chrF and a sonnet's form."""
+"""Metrics of paraphrase predictions, and of poems: loss, chrF and the form of a sonnet."""
 
 import re
 from collections.abc import Iterable
@@ -28,14 +28,14 @@ from finetune.runtime import Runtime
 from models.paraphrase_gpt import ParaphraseGPT
 from models.sonnet_gpt import sonnet_loss
 
-PREDICTION_BATCH = {"cpu": 64, "mps": 64, "cuda": 256}  # pairs; there is no backward to keep for
+PREDICTION_BATCH = {"cpu": 64, "mps": 64, "cuda": 256}  # pairs; nothing is kept for a backward pass
 VALIDATION_BATCH = 16  # poems
 RHYMES = [(0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13)]  # ABAB CDCD EFEF GG
 
 
 @dataclass
 class ParaphraseScorer:
-    """Dev metrics of the current model, with the logits [N,2] that they are of."""
+    """Dev metrics of the current model, and the logits [N,2] behind the last ones."""
 
     model: ParaphraseGPT
     data: TokenizedPairs
@@ -48,7 +48,7 @@ class ParaphraseScorer:
         return paraphrase_metrics(self.logits, self.data.labels)
 
     def final(self) -> dict[str, float]:
-        """The metrics, beside the accuracy of always answering "no"."""
+        """The metrics, and the accuracy of always answering "no"."""
         return self() | {"dev_accuracy_of_always_no": float((self.data.labels == 0).mean())}
 
 
@@ -56,7 +56,7 @@ class ParaphraseScorer:
 def paraphrase_logits(
     model: ParaphraseGPT, data: TokenizedPairs, runtime: Runtime, name: str
 ) -> torch.Tensor:
-    """Float32 logits [N,2] on the CPU in the order of the file."""
+    """Float32 logits [N,2] on the CPU, in the order of the file."""
     model.eval()
     batches = prediction_rows(data, PREDICTION_BATCH[runtime.device.type])
     own = []
@@ -74,7 +74,7 @@ def paraphrase_logits(
 
 def paraphrase_metrics(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float]:
     """Mean loss in nats, accuracy, and F1 averaged over the two classes."""
-    from sklearn.metrics import accuracy_score, f1_score  # a second, which others need not wait
+    from sklearn.metrics import accuracy_score, f1_score  # takes a second, only needed here
 
     predicted = logits.argmax(1).numpy()
     return {
@@ -106,7 +106,7 @@ def pair_table(logits: torch.Tensor, data: TokenizedPairs) -> list[dict[str, Any
 
 @dataclass
 class SonnetScorer:
-    """Losses and dev chrF of the current model, with the poems that the chrF is of."""
+    """Losses and dev chrF of the current model, and the poems behind the last chrF."""
 
     model: nn.Module
     generator: SonnetGenerator
@@ -118,7 +118,7 @@ class SonnetScorer:
         return next_token_loss(self.model, self.data.validation_ids, self.generator.runtime)
 
     def before_training(self) -> dict[str, float]:
-        """Print and return the validation loss that the training starts from."""
+        """Print and return the validation loss that training starts from."""
         loss = self.validation_loss()
         print(f"validation loss before training {loss:.4f}")
         return {"val_loss_before_training": loss}
@@ -133,7 +133,7 @@ class SonnetScorer:
         }
 
     def final(self) -> dict[str, Any]:
-        """The metrics with the form of the poems, and that of Shakespeare's beside it."""
+        """The metrics, and the form of the poems and of Shakespeare's."""
         metrics = self() | sonnet_form(self.poems, self.data.train)
         return metrics | {"shakespeare": sonnet_form(self.data.gold, self.data.train)}
 
@@ -160,10 +160,10 @@ def chrf(poems: list[Sonnet], gold: list[Sonnet]) -> float:
 
 
 def sonnet_form(poems: list[Sonnet], sources: Iterable[Sonnet]) -> dict[str, float]:
-    """How far the lines after the given ones have a sonnet's form, and how far they are copied.
+    """How well the lines after the given ones keep a sonnet's form, and how much they copy.
 
-    `rhyming_pairs` is a share of the pairs of ABAB CDCD EFEF GG that have a line that was not
-    given; `longest_copied_run` counts consecutive words that also occur in one of the `sources`.
+    `rhyming_pairs` is the share that rhymes of ABAB CDCD EFEF GG's pairs with a generated line;
+    `longest_copied_run` is the length in words of the longest run found in one of the `sources`.
     """
     written = [poem.lines[GIVEN_LINES:] for poem in poems]
     syllables = [sum(map(count_syllables, words(line))) for lines in written for line in lines]
@@ -187,7 +187,7 @@ def words(text: str) -> list[str]:
 
 
 def count_syllables(word: str) -> int:
-    """Syllables by the CMU dictionary, else groups of vowels without a silent e at the end."""
+    """Syllables by the CMU dictionary, or else groups of vowels, without a silent final e."""
     phones = pronouncing.phones_for_word(word)
     if phones:
         return pronouncing.syllable_count(phones[0])
@@ -197,7 +197,7 @@ def count_syllables(word: str) -> int:
 def rhymes(first: str, second: str) -> bool:
     """True if two lines end in different words that sound alike from the last stressed vowel on.
 
-    A word that is not in the CMU dictionary is compared by its spelling from its last vowels on.
+    If the CMU dictionary lacks one, their spellings are compared from the last vowels on.
     """
     ends = [words(line)[-1:] for line in (first, second)]
     if ends[0] == ends[1] or [] in ends:
@@ -211,7 +211,7 @@ def rhymes(first: str, second: str) -> bool:
 
 
 def longest_common_run(texts: Iterable[tuple], sources: Iterable[tuple]) -> int:
-    """Words of the longest run that one of the `texts` (its lines) shares with a source."""
+    """Length in words of the longest run that a text (its lines) shares with a source."""
     ours, theirs = ([words(" ".join(lines)) for lines in group] for group in (texts, sources))
     length = 0
     while ngrams(ours, length + 1) & ngrams(theirs, length + 1):

@@ -1,4 +1,4 @@
-"""What a run tells people: predictions in the course's formats, the final table, logs."""
+"""A run's output for people: predictions in the course's formats, the table at the end, logs."""
 
 from collections.abc import Iterable
 from itertools import chain
@@ -29,7 +29,7 @@ def paraphrase_files(
     test: TokenizedPairs,
     test_logits: Tensor,
 ) -> dict[str, str | bytes]:
-    """The contents for `Run.finish`: predictions from logits [N,2], and the report on dev."""
+    """The contents for `Run.write`: predictions from logits [N,2], and the report on dev."""
     rows = pair_table(dev_logits, dev)
     return {
         "para_dev_out": format_predictions(dev.pairs.ids, dev_logits),
@@ -46,7 +46,7 @@ def sonnet_files(
     dev: list[Sonnet],
     gold: list[Sonnet],
 ) -> dict[str, str | bytes]:
-    """The contents for `Run.finish`: the first sample of each held-out sonnet, all samples if there
+    """The contents for `Run.write`: the first sample of each held-out sonnet, all samples if there
     are more, and the report with the dev poems next to Shakespeare's.
     """
     files = {
@@ -60,7 +60,7 @@ def sonnet_files(
 
 
 def format_predictions(ids: Iterable[str], logits: Tensor) -> str:
-    """One line `id, 0|1` per pair from logits [N,2], in the order of the input (the course's)."""
+    """The course's format: a line `id, 0|1` per pair, in the file's order, from logits [N,2]."""
     lines = ["id \t Predicted_Is_Paraphrase \n"]
     classes = logits.argmax(1).tolist()
     lines += [f"{id_}, {class_} \n" for id_, class_ in zip(ids, classes, strict=True)]
@@ -68,7 +68,7 @@ def format_predictions(ids: Iterable[str], logits: Tensor) -> str:
 
 
 def format_sonnets(sonnets: Iterable[Sonnet]) -> str:
-    """The course's format, which its reader and `data.sonnets.read_sonnets` take."""
+    """The course's format, which its own reader and `data.sonnets.read_sonnets` accept."""
     return "--Generated Sonnets-- \n\n" + "".join(map(format_sonnet, sonnets))
 
 
@@ -78,9 +78,9 @@ def format_sonnet(sonnet: Sonnet) -> str:
 
 
 def format_table(record: dict[str, Any], files: dict[str, Path]) -> str:
-    """A run's results, one a line in two columns, with the files that were written.
+    """A run's results and files, one per line, in two columns.
 
-    `record` is what `Run.record` returns. Figures of the poems' form have Shakespeare's beside.
+    `record` is what `Run.record` returns. Next to the form of the poems is Shakespeare's.
     """
     final = dict(record["final"])
     shakespeare = final.pop("shakespeare", {})
@@ -98,7 +98,7 @@ def format_table(record: dict[str, Any], files: dict[str, Path]) -> str:
 
 
 class TensorBoardLog:
-    """Logs values at a step to a folder; without a folder, nowhere."""
+    """Logs values at a step to a folder; without a folder, does nothing."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -109,11 +109,11 @@ class TensorBoardLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        try:  # made now, so that what a stopped run logged after this step is purged
+        try:  # created here, so that what a stopped run logged after this step is purged
             self.writer = self.writer or SummaryWriter(self.folder, purge_step=step)
             for key, value in values.items():
                 self.writer.add_scalar(key, value, step)
             self.writer.flush()
-        except OSError as error:  # not worth a run
+        except OSError as error:  # not worth ending the run
             print(f"no more logs: {self.folder} cannot be written: {error.strerror or error}")
             self.folder = None

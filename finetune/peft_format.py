@@ -1,4 +1,4 @@
-"""LoRA in the formats of others: PEFT adapters in and out, merged Hugging Face checkpoints out."""
+"""Import and export LoRA as PEFT adapters, and export merged Hugging Face checkpoints."""
 
 import contextlib
 import json
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TARGETS_OF = {  # layer of a Hugging Face block -> its targets here, in the order of its rows
+HF_TARGETS = {  # layer of a Hugging Face block -> its targets here, in row order
     "attn.c_attn": FUSED,
     "attn.c_proj": ("attention_dense",),
     "mlp.c_fc": ("interm_dense",),
     "mlp.c_proj": ("out_dense",),
 }
-KEY = re.compile(  # the adapted module, its block, its layer in it, A or B
+KEY = re.compile(  # groups: adapted module, block, layer in the block, A or B
     r"base_model\.model\.((?:transformer\.)?h\.(\d{1,4})\."
-    rf"({'|'.join(map(re.escape, TARGETS_OF))}))\.lora_([AB])\.weight"
+    rf"({'|'.join(map(re.escape, HF_TARGETS))}))\.lora_([AB])\.weight"
 )
-PLAIN = {  # key of adapter_config.json -> its values in plain LoRA
+ALLOWED_VALUES = {  # key of adapter_config.json -> its values for plain LoRA
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),  # others change the base
 }
-# Keys that are read, or that the effect of given tensors does not depend on.
-ANY_VALUE = {
+# Keys that are read, or that do not change the effect of given tensors.
+IGNORED_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying",
     "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "merge_weights",
@@ -54,7 +54,7 @@ ANY_VALUE = {
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * B A, with A [R,in] and B [out,R]: the change of one target of one layer."""
+    """scale * B A, with A [R,in] and B [out,R]: the update to one target of one layer."""
 
     A: Tensor
     B: Tensor
@@ -62,10 +62,10 @@ class LowRank:
 
 
 def export_peft(gpt: GPT2Model, config: LoRAConfig, base: str | Path, folder: Path) -> None:
-    """Write the adapter of a GPT-2 with LoRA so that PEFT loads it onto `GPT2LMHeadModel`.
+    """Write the adapter of a GPT-2 with LoRA so that PEFT can load it into `GPT2LMHeadModel`.
 
-    The adapters of query, key and value become one of `c_attn`, of two or three times the rank:
-    their A one below the other, their B on the diagonal.
+    The adapters of query, key and value become one adapter of `c_attn` with two or three times the
+    rank: the A matrices are stacked, and B is block-diagonal.
     """
     tensors, parts = {}, {}
     for layer, name, module in _lora_layers(gpt):
@@ -98,9 +98,9 @@ def export_merged(
     tokenizer: "PreTrainedTokenizerFast",
     folder: Path,
 ) -> None:
-    """Write base and LoRA as one Hugging Face checkpoint in float32, with the tokenizer.
+    """Write base and LoRA merged as a Hugging Face checkpoint in float32, with the tokenizer.
 
-    The base is read again: the run's copy may have been rounded to its precision.
+    The base is read again, because the run's copy may have been rounded to a lower precision.
     """
     merged = GPT2Model.from_pretrained(base)
     add_lora(merged, config)
@@ -127,10 +127,10 @@ def write_exports(
 
 @torch.no_grad()
 def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> LoRAConfig:
-    """Put LoRA into a loaded GPT-2, fresh, or with the weights of a PEFT adapter.
+    """Add LoRA to a loaded GPT-2, either freshly initialized or read from a PEFT adapter.
 
-    Of an adapter read in, rank, alpha, targets and layers replace those of `config`; the config
-    of what was put in is returned.
+    A PEFT adapter's rank, alpha, targets and layers replace those of `config`; returns the config
+    that was used.
     """
     if peft_folder is None:
         add_lora(gpt, config)
@@ -147,13 +147,13 @@ def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> 
     )
     add_lora(gpt, config)
     for layer, name, module in _lora_layers(gpt):
-        targets = compress(TARGETS_OF[name], module.parts)
+        targets = compress(HF_TARGETS[name], module.parts)
         _fill(module, [parts.get((layer, target)) for target in targets], f"layer {layer}, {name}")
     return config
 
 
 def _lora_layers(gpt: GPT2Model) -> Iterator[tuple[int, str, LoRALinear]]:
-    """Block, name in a Hugging Face block, and module of each layer with LoRA."""
+    """Yield the block index, Hugging Face name and module of each layer with LoRA."""
     for i, block in enumerate(gpt.gpt_layers):
         for name, module in block.named_modules():
             if isinstance(module, LoRALinear):
@@ -161,7 +161,7 @@ def _lora_layers(gpt: GPT2Model) -> Iterator[tuple[int, str, LoRALinear]]:
 
 
 def _fill(module: LoRALinear, parts: list[LowRank | None], where: str) -> None:
-    """Copy adapters into the parts of a layer; rows that one lacks stay as in a fresh adapter."""
+    """Copy adapters into the parts of a layer; rows that one lacks keep their initial values."""
     n = len(parts)
     for part, A, B in zip(parts, module.lora_A.chunk(n), module.lora_B.chunk(n), strict=True):
         if part is None:
@@ -169,16 +169,16 @@ def _fill(module: LoRALinear, parts: list[LowRank | None], where: str) -> None:
         changed, shape = [len(part.B), part.A.shape[1]], [len(B), A.shape[1]]
         if changed != shape:
             raise UserError(
-                f"the PEFT adapter of {where} changes a weight of {changed}, the model's is {shape}"
+                f"the PEFT adapter of {where} fits a weight of {changed}, not the model's {shape}"
             )
         A[: len(part.A)] = part.A
         B[:, : len(part.A)] = part.B * (part.scale / module.scale)
 
 
 def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
-    """The adapters of a PEFT LoRA folder, by layer of the model and target in it.
+    """The adapters of a PEFT LoRA folder, by block index and target.
 
-    Raises UserError for what is no such folder, and for what this project's LoRA is not.
+    Raises UserError if it is not such a folder, or uses features that this project's LoRA lacks.
     """
     config = _read_config(folder)
     path = folder / WEIGHTS
@@ -186,23 +186,23 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
         path = old
     modules: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path):
-        match = KEY.fullmatch(key.replace("_orig_mod.", ""))  # which torch.compile puts in names
+        match = KEY.fullmatch(key.replace("_orig_mod.", ""))  # a prefix from torch.compile
         if not match:
-            raise UserError(f"{path}: {key} is no LoRA of a linear layer of a GPT-2 block")
+            raise UserError(f"{path}: {key} is not a LoRA weight of a GPT-2 block's linear layer")
         module, layer, name, matrix = match.groups()
         pair = modules.setdefault((int(layer), name, module), {})
         pair[matrix] = tensor.float()
         if tensor.ndim != 2 or not tensor.numel() or not pair[matrix].isfinite().all():
-            raise UserError(f"{path}: {key} must be a matrix of finite numbers, not empty")
+            raise UserError(f"{path}: {key} must be a non-empty matrix of finite numbers")
     if not modules:
-        raise UserError(f"{path} holds no adapter")
+        raise UserError(f"{path} contains no adapter")
     parts = {}
     for (layer, name, module), pair in sorted(modules.items()):
         if len(pair) < 2 or len(pair["A"]) != pair["B"].shape[1]:
-            raise UserError(f"{path}: A and B of {module} do not belong together")
+            raise UserError(f"{path}: {module} must have an A and a B of the same rank")
         rank = math.sqrt(len(pair["A"])) if config.get("use_rslora") else len(pair["A"])
         adapter = LowRank(**pair, scale=_alpha(config, module, folder / CONFIG) / rank)
-        for target, part in _split(adapter, TARGETS_OF[name]).items():
+        for target, part in _split(adapter, HF_TARGETS[name]).items():
             parts[layer, target] = part
     return parts
 
@@ -210,20 +210,20 @@ def read_peft(folder: Path) -> dict[tuple[int, str], LowRank]:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
-        raise UserError(f"{folder} is no PEFT adapter: no {CONFIG} in it")
+        raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
     config = read_json(path)
     if not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{path} is no configuration of a LoRA adapter: no lora_alpha in it")
+        raise UserError(f"{path} does not configure a LoRA adapter: it has no numeric lora_alpha")
     for key, value in config.items():
-        if value and key not in ANY_VALUE and value not in PLAIN.get(key, ()):
-            raise UserError(f"{path}: {key} is {value!r:.60}: only plain LoRA can be read")
+        if value and key not in IGNORED_KEYS and value not in ALLOWED_VALUES.get(key, ()):
+            raise UserError(f"{path}: {key} is {value!r:.60}, but only plain LoRA can be read")
     return config
 
 
 def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
-    """A module's alpha: PEFT takes the first pattern that is the end of its name."""
+    """A module's alpha: as in PEFT, the first pattern that matches the end of its name applies."""
     patterns = config.get("alpha_pattern") or {}
-    with contextlib.suppress(Exception):  # a pattern from elsewhere raises many kinds
+    with contextlib.suppress(Exception):  # an invalid pattern can raise many kinds of error
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
         alpha = float(patterns.get(next(matching, None), config["lora_alpha"]))
         if math.isfinite(alpha):
@@ -232,10 +232,10 @@ def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
 
 
 def _split(adapter: LowRank, targets: tuple[str, ...]) -> dict[str, LowRank]:
-    """The adapter of each target of a layer: its rows of B without columns that are zero in them.
+    """Split a layer's adapter by target: each gets its rows of B without the all-zero columns.
 
-    So each gets back its own A of those that `export_peft` puts one below the other. A fresh
-    adapter, whose B is zero, is left to all targets.
+    This also gives each its own rows of the A that `export_peft` stacks. A fresh adapter, whose B
+    is zero, goes to all targets in full.
     """
     parts = {}
     blocks = dict(zip(targets, adapter.B.chunk(len(targets)), strict=False))

@@ -1,4 +1,4 @@
-"""How far a training has come, and the bars that show it."""
+"""Training progress, and the bars that show it."""
 
 import math
 import sys
@@ -10,29 +10,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Share
-from finetune.runtime import STEADIER, Runtime
+from finetune.runtime import STABILITY_ADVICE, Runtime
 from modules.adapters import count_parameters
 from modules.settings import UserError
 
 
 class Fitted(NamedTuple):
-    """The result of a training."""
+    """The result of training."""
 
-    history: list[dict[str, Any]]  # a record for each epoch
+    history: list[dict[str, Any]]  # one record per epoch
     measured: dict[str, float]  # sizes, rates and memory
 
 
 @dataclass
 class Progress:
-    """How far a rank's training has come; plain values, once the losses are read."""
+    """A rank's training progress; plain values once the losses are read."""
 
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record for each whole epoch
-    steps: int = 0  # of the optimizer, of all epochs
-    batches: int = 0  # of the current epoch, as the two sums
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
+    steps: int = 0  # of the optimizer, in all epochs
+    batches: int = 0  # of the current epoch, like the two sums
     loss_sum: float = 0.0
-    weight_sum: float = 0.0  # of the losses in it
-    tokens: int = 0  # of all epochs, without padding
-    seconds: float = 0.0  # of all epochs, without the dev passes
+    weight_sum: float = 0.0  # of the losses in `loss_sum`
+    tokens: int = 0  # in all epochs, without padding
+    seconds: float = 0.0  # in all epochs, without the dev passes
     unread: list[tuple[int, float, Tensor]] = field(default_factory=list)  # step, weight, loss
 
     @property
@@ -47,9 +47,9 @@ class Progress:
         self.unread.append((self.steps + 1, share.n_examples * share.weight, loss))
 
     def read_losses(self, skip_infinite: bool) -> float:
-        """Sum up the losses that are still on the device, since each read waits for a GPU.
+        """Add up the losses still on the device, all at once since a read waits for a GPU.
 
-        Returns the mean. Raises UserError for a loss that is not finite unless it is to be skipped.
+        Returns the mean. Raises UserError for a loss that is not finite, unless told to skip it.
         """
         unread, self.unread = self.unread, []
         values = torch.stack([loss for *_, loss in unread]).tolist() if unread else []
@@ -58,24 +58,24 @@ class Progress:
                 self.loss_sum += weight * loss
                 self.weight_sum += weight
             elif not skip_infinite:
-                raise UserError(f"step {step}: the training loss is {loss}: {STEADIER}")
+                raise UserError(f"step {step}: the training loss is {loss}: {STABILITY_ADVICE}")
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
 
     def mean_loss(self, runtime: Runtime) -> float:
-        """The mean loss of the epoch's examples, of all ranks."""
+        """The mean loss of the epoch's examples, over all ranks."""
         sums = runtime.gather([(self.loss_sum, self.weight_sum)])
         loss_sum, weight_sum = map(sum, zip(*sums, strict=True))
         if not weight_sum:
-            raise UserError(f"every loss of epoch {self.epoch + 1} overflows: {STEADIER}")
+            raise UserError(f"every loss of epoch {self.epoch + 1} overflows: {STABILITY_ADVICE}")
         return loss_sum / weight_sum
 
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Add the epoch's record, and begin the next epoch."""
+        """Add the epoch's record and begin the next epoch."""
         self.history.append(record)
         self.batches, self.loss_sum, self.weight_sum = 0, 0.0, 0.0
 
     def measured(self, model: nn.Module, n_examples: int, runtime: Runtime) -> dict[str, float]:
-        """Sizes, rates and memory of a training that has ended, with `n_examples` an epoch."""
+        """Sizes, rates and memory of finished training, with `n_examples` per epoch."""
         trainable_parameters, total_parameters = count_parameters(model)
         tokens = sum(runtime.gather([self.tokens]))
         return {
@@ -90,7 +90,7 @@ class Progress:
 
 
 def bar(*items: Any, **about: Any) -> tqdm:
-    """A progress bar; where stderr is no terminal, 80 columns every 30 seconds."""
+    """A progress bar; if stderr is not a terminal, 80 columns wide, every 30 seconds."""
     if sys.stderr.isatty():
         return tqdm(*items, dynamic_ncols=True, **about)
     return tqdm(*items, ncols=80, mininterval=30, maxinterval=30, delay=30, **about)

@@ -1,4 +1,4 @@
-"""Reports of a run to look at: an HTML file that opens anywhere without a network, and a PNG."""
+"""A run's report: a self-contained HTML page, and a PNG of its curves."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, BEST, GREY, BLUE, BROWN = "#333333", "#c62828", "#7d8590", "#1c6dd0", "#b35900"
-PAGE_COLORS = {  # in a page, which is light or dark
+PAGE_COLORS = {  # in the page, which has a light and a dark theme
     INK: "currentColor",
     BEST: "var(--best)",
     GREY: "var(--grey)",
@@ -43,17 +43,17 @@ CURVES = {  # name in the history -> label, color
 
 @dataclass(frozen=True)
 class Task:
-    """What a report says of a task: the curves by panel, and the metric that decides."""
+    """A task's title, the metric that selects its best epoch, and the curves of each panel."""
 
     title: str
-    decisive: str
+    selection_metric: str
     panels: dict[str, tuple[str, ...]]  # title -> names in the history
 
 
 TASKS = {
     "paraphrase": Task(
         title="Paraphrase detection",
-        decisive="dev_accuracy",
+        selection_metric="dev_accuracy",
         panels={
             "loss, nats": ("train_loss", "dev_loss"),
             "accuracy and macro F1": ("dev_accuracy", "dev_macro_f1"),
@@ -61,7 +61,7 @@ TASKS = {
     ),
     "sonnet": Task(
         title="Sonnet generation",
-        decisive="val_loss",
+        selection_metric="val_loss",
         panels={
             "loss, nats per token": ("train_loss", "val_loss", "dev_loss"),
             "dev chrF": ("dev_chrf",),
@@ -71,7 +71,7 @@ TASKS = {
 
 
 def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The page of a run with its dev pairs, in the order of `rows`.
+    """The page of a run, with its dev pairs in the order of `rows`.
 
     A row has id, first, second, label, predicted ("no" or "yes") and the answer's probability.
     """
@@ -81,7 +81,7 @@ def paraphrase_report(record: dict[str, Any], rows: list[dict[str, Any]]) -> str
 
 
 def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) -> str:
-    """The page of a run with its dev poems, each beside Shakespeare's of the same number."""
+    """The page of a run, with each dev poem next to Shakespeare's sonnet of the same number."""
     shown = [
         {
             "number": generated.number,
@@ -97,7 +97,7 @@ def sonnet_report(record: dict[str, Any], poems: list[tuple[Sonnet, Sonnet]]) ->
 
 
 def confusion_counts(rows: list[dict[str, Any]]) -> np.ndarray:
-    """[2,2]: pairs by label, then by answer, each no before yes."""
+    """The number of pairs by label and by answer, [2,2], "no" before "yes"."""
     counts = Counter((row["label"], row["predicted"]) for row in rows)
     return np.array([[counts[label, answer] for answer in ANSWERS] for label in ANSWERS])
 
@@ -105,7 +105,7 @@ def confusion_counts(rows: list[dict[str, Any]]) -> np.ndarray:
 def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
     """A PNG of losses and scores by epoch, 800 pixels wide, with the best epoch marked.
 
-    `counts` [2,2] are a confusion matrix as `confusion_counts` gives it.
+    `counts` [2,2] is a confusion matrix as returned by `confusion_counts`.
     """
     flags, titles = record["arguments"], _panel_titles(record)
     figure = new_figure(figsize=(8, 3.6), dpi=100)
@@ -115,7 +115,7 @@ def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
         _draw_curves(axis, record, title)
     if counts is not None:
         _draw_confusion(axes[-1], counts)
-    title = f"{record['model']}, {_method(record)} of rank {record['adapter']['rank']}, "
+    title = f"{record['model']}, {_method(record)}, rank {record['adapter']['rank']}, "
     title += f"learning rate {scientific(flags['lr'])}, seed {flags['seed']}"
     figure.suptitle(title, fontsize=11, color=INK)
     png = io.BytesIO()
@@ -124,10 +124,10 @@ def picture(record: dict[str, Any], counts: np.ndarray | None = None) -> bytes:
 
 
 def new_figure(**options: Any) -> "Figure":
-    """A matplotlib figure without pyplot.
+    """A matplotlib figure created without pyplot.
 
-    matplotlib cannot be imported where MPLBACKEND names a backend that is not installed, as in a
-    command started from a Jupyter cell; so it is imported without, and then told.
+    Importing matplotlib fails if MPLBACKEND names a backend that is not installed, as in a command
+    started from a Jupyter cell, so the import happens without it, and the backend is set later.
     """
     if "matplotlib" not in sys.modules and (backend := os.environ.pop("MPLBACKEND", None)):
         import matplotlib
@@ -141,7 +141,7 @@ def new_figure(**options: Any) -> "Figure":
 
 
 def scientific(value: float) -> str:
-    """A learning rate as people write it: 1e-4, 1.5e-4."""
+    """A learning rate in short scientific notation: 1e-4, 1.5e-4."""
     return np.format_float_scientific(value, trim="-", exp_digits=1)
 
 
@@ -151,14 +151,14 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _panel_titles(record: dict[str, Any]) -> list[str]:
-    """The titles of the panels of curves; an imported adapter has none."""
+    """The titles of the panels of curves; there are none for an imported adapter."""
     was_trained = "train_loss" in best_epoch(record["history"])
     return list(TASKS[record["task"]].panels) if was_trained else []
 
 
-def settings_in_words(record: dict[str, Any]) -> list[str]:
+def describe_run(record: dict[str, Any]) -> list[str]:
     """Sentences that say what was trained, how, on which files, and at what cost."""
-    adapter = f"{_method(record)} of {_adapter_in_words(record['adapter'])} of {record['model']}."
+    adapter = f"{_method(record)} with {_describe_adapter(record['adapter'])} of {record['model']}."
     if not _panel_titles(record):
         return [adapter, "It was imported, not trained here."]
     flags, n_epochs = record["arguments"], record["arguments"]["epochs"]
@@ -173,19 +173,19 @@ def settings_in_words(record: dict[str, Any]) -> list[str]:
         f"seed {flags['seed']}."
     )
     if "train_seconds" not in record:
-        return [adapter, training, "The training is unfinished; this is its best epoch so far."]
+        return [adapter, training, "Training is unfinished; this is the best epoch so far."]
     n_run, processes = len(record["history"]), record["processes"]
     return [
         adapter,
-        training + f" It stopped early, after epoch {n_run}." * (n_run < n_epochs),
-        f"{record['trainable_parameters']:,} trainable parameters of "
-        f"{record['total_parameters']:,}, {record['train_seconds']:,.0f} s on {record['device']}"
-        f"{f' in {processes} processes' if processes > 1 else ''}, "
-        f"{record['peak_memory_mb']:,.0f} MB at most.",
+        training + f" Training stopped early, after epoch {n_run}." * (n_run < n_epochs),
+        f"{record['trainable_parameters']:,} of {record['total_parameters']:,} parameters "
+        f"trained in {record['train_seconds']:,.0f} s on {record['device']}"
+        f"{f' with {processes} processes' if processes > 1 else ''}, "
+        f"peak memory {record['peak_memory_mb']:,.0f} MB.",
     ]
 
 
-def _adapter_in_words(adapter: dict[str, Any]) -> str:
+def _describe_adapter(adapter: dict[str, Any]) -> str:
     size = f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, dropout {adapter['dropout']:g}"
     blocks = "every block"
     if adapter["layers"] is not None:
@@ -193,7 +193,7 @@ def _adapter_in_words(adapter: dict[str, Any]) -> str:
     if "targets" in adapter:
         return f"{size} on {_listed(adapter['targets'])} in {blocks}"
     positions = adapter["positions"]
-    where = "all positions" if positions == "all" else f"the prompt's positions {positions}"
+    where = "all positions" if positions == "all" else f"prompt positions {positions}"
     return (
         f"{size}, activation {adapter['activation']}, at {where} after "
         f"{_listed(adapter['locations'])} in {blocks}"
@@ -201,7 +201,7 @@ def _adapter_in_words(adapter: dict[str, Any]) -> str:
 
 
 def _listed(items: Sequence[Any]) -> str:
-    """a, b and c."""
+    """The items as "a, b and c"."""
     *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -212,7 +212,7 @@ def _method(record: dict[str, Any]) -> str:
 
 
 def _page(record: dict[str, Any], **parts: Any) -> str:
-    """Fill the template of the record's task."""
+    """Render the template of the record's task."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -226,7 +226,7 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
         run=record,
         task=TASKS[record["task"]],
         method=_method(record),
-        settings=settings_in_words(record),
+        settings=describe_run(record),
         best=best,
         when=when,
         charts=[_inline_svg(record, title) for title in titles],
@@ -236,7 +236,7 @@ def _page(record: dict[str, Any], **parts: Any) -> str:
 
 
 def _inline_svg(record: dict[str, Any], title: str) -> Markup:
-    """A panel as an `<svg>` element in the page's own colors and font."""
+    """A panel as an `<svg>` element with the page's colors and font."""
     figure = new_figure(figsize=(4.6, 3.2))
     _draw_curves(figure.subplots(), record, title)
     from matplotlib import rc_context
@@ -262,10 +262,10 @@ def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
         values = [epoch[name] for epoch in history]
         axis.plot(epochs, values, "o-", ms=4, color=color, label=label)
     axis.axvline(best["epoch"], color=BEST, lw=1, ls=":", zorder=0)
-    time = f"epoch; {best['epoch']} is the best"
-    if task.decisive in task.panels[title]:
-        axis.plot(best["epoch"], best[task.decisive], "*", ms=13, color=BEST)
-        time += f", {best[task.decisive]:.4g}"
+    time = f"epoch; best: {best['epoch']}"
+    if task.selection_metric in task.panels[title]:
+        axis.plot(best["epoch"], best[task.selection_metric], "*", ms=13, color=BEST)
+        time += f" ({best[task.selection_metric]:.4g})"
     axis.set_title(title, fontsize=10, color=INK)
     axis.set_xlabel(time, fontsize=9, color=INK)
     axis.set_xlim(0.6, epochs[-1] + 0.4)
@@ -275,7 +275,7 @@ def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
     axis.spines[["bottom", "left"]].set_color(INK)
     axis.grid(alpha=0.2, color=INK)
     axis.legend(
-        loc="upper center",  # below the axis, where no curve is
+        loc="upper center",  # below the axis, clear of the curves
         bbox_to_anchor=(0.5, -0.2),
         ncols=3,
         fontsize=8,

@@ -1,4 +1,4 @@
-"""A run's folder: its files, which no other run writes, and what is shown of them."""
+"""A run's folder, which no other run writes to, and its files shown in predictions/."""
 
 import contextlib
 import json
@@ -16,15 +16,21 @@ from torch import nn
 from finetune.checkpoint import ResumeFile, load_adapter, save_adapter
 from finetune.ending import Finished
 from finetune.files import check_writable, lock, write_files
-from finetune.identity import MACHINE, OUTPUTS, PREDICTION, Identity, predicts_with_import
+from finetune.identity import (
+    OUTPUT_FLAGS,
+    PREDICTION_FLAGS,
+    RUNTIME_FLAGS,
+    Identity,
+    predicts_with_import,
+)
 from finetune.outputs import TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
 from models.pretrained import find_checkpoint, read_json
 from modules.settings import UserError
 
-RECORD, STATE = "run.json", "resume.pt"  # in a run's folder; no STATE: the run is finished
-FILES = {  # what a run writes for people -> its name; the metrics are kept as RECORD
+RECORD, STATE = "run.json", "resume.pt"  # in a run's folder; one without STATE is finished
+FILES = {  # output for people -> its name; the run's folder holds the metrics as RECORD
     "para_dev_out": "{method}-para-dev-output.csv",
     "para_test_out": "{method}-para-test-output.csv",
     "sonnet_out": "{method}_generated_sonnets.txt",
@@ -50,19 +56,19 @@ class Run:
 
     @classmethod
     def open(cls, flags: dict[str, Any], *, task: str, adapter: Any, runtime: Runtime) -> "Run":
-        """The run of a script's `flags`, locked; its base checkpoint is found or fetched.
+        """The run of a script's `flags`, locked, with its base checkpoint found or fetched.
 
-        Raises Finished if it has been done, UserError if it is unfinished and neither `--resume`
-        nor `--overwrite` says what to do, or if there is no adapter to predict with, and OSError if
-        another process is at it.
+        Raises Finished if the run is finished, UserError if it is unfinished and neither `--resume`
+        nor `--overwrite` is given, or if there is no adapter to predict with, and OSError if
+        another process is working on it.
         """
         base = find_checkpoint(flags["model_path"] or flags["model_size"])
         identity = Identity.of(flags, task, adapter, base)
         folder, held, resume = flags["runs_dir"] / identity.name, None, None
         if runtime.is_main:
-            busy = f"another process is at this run, {folder}: wait for its end"
+            busy = f"another process is working on this run, {folder}: wait for it to end"
             held = lock(flags["runs_dir"] / ".locks" / identity.name, busy)
-            for path in (flags[name] for name in OUTPUTS if name in flags):
+            for path in (flags[name] for name in OUTPUT_FLAGS if name in flags):
                 check_writable(path)
         if flags["predict_only"]:
             if not predicts_with_import(flags):
@@ -73,7 +79,7 @@ class Run:
                     f"{folder} is a finished run of this command: --predict_only writes its "
                     "predictions again, --overwrite trains it anew"
                 )
-            conditions = {f"--{name}": str(flags[name]) for name in sorted(MACHINE)}
+            conditions = {f"--{name}": str(flags[name]) for name in sorted(RUNTIME_FLAGS)}
             conditions["the number of processes"] = str(runtime.world_size)
             conditions["the digest"] = identity.digest
             resume = ResumeFile.open(folder / STATE, conditions, flags["resume"], runtime)
@@ -83,28 +89,30 @@ class Run:
     def save_adapter(self, model: nn.Module, record: dict[str, Any]) -> None:
         """Write the model's adapter with its epoch's `record`."""
         if self.runtime.is_main:
-            save_adapter(adapter_path(self.folder), model, self.identity.of_adapter() | record)
+            save_adapter(
+                adapter_path(self.folder), model, self.identity.adapter_metadata() | record
+            )
 
     def load_adapter(self, model: nn.Module) -> dict[str, Any]:
         """Load the best epoch's adapter into the model; returns the epoch's record.
 
-        An adapter that was imported to predict with is in the model already.
+        An adapter that was imported only to predict is already in the model.
         """
         if predicts_with_import(self.flags):
             return {"epoch": 0, "is_best": True}
-        expected = self.identity.of_adapter()
+        expected = self.identity.adapter_metadata()
         about = load_adapter(adapter_path(self.folder), model, expected, self.runtime)
         return {name: value for name, value in about.items() if name not in expected}
 
     def record(
         self, adapter: Any, best: dict[str, Any], fitted: Fitted | None, final: dict[str, Any]
     ) -> dict[str, Any]:
-        """All there is to say of the run, as `run.json` keeps it.
+        """The run's full record, as stored in `run.json`.
 
         `best` is the best epoch's record, `final` the metrics of its adapter. What was measured in
-        training comes from `fitted`, or without one from the training's own record.
+        training comes from `fitted`, or if that is None from the record written after training.
         """
-        record = {"name": self.identity.name, **self.identity.of_adapter()}
+        record = {"name": self.identity.name, **self.identity.adapter_metadata()}
         record |= {"recipe": self.identity.recipe, "date": _now()}
         base = self.flags["model_path"]
         flags = self.flags | {"model_path": base and base.absolute()}
@@ -115,13 +123,13 @@ class Run:
             record |= {"history": fitted.history} | fitted.measured
         elif (self.folder / RECORD).exists():
             record |= read_json(self.folder / RECORD)
-            final = record["final"] | final  # the loss before training is known from then
-        predicted_with = {name: self.flags[name] for name in self.flags if name in PREDICTION}
+            final = record["final"] | final  # with the loss before training
+        predicted_with = {name: self.flags[name] for name in self.flags if name in PREDICTION_FLAGS}
         return record | {"final": final, "predicted_with": predicted_with}
 
     def write(self, record: dict[str, Any], contents: dict[str, str | bytes]) -> dict[str, Path]:
-        """Write record and contents, by their keys in FILES, to the run's folder and, as one set,
-        to where they are shown; returns these places.
+        """Write the record and the contents (keys as in FILES), as one set, to the run's folder
+        and to where they are shown; returns the latter paths.
         """
         text = json.dumps(record, indent=2, allow_nan=False, default=str) + "\n"
         contents = {**contents, "metrics": text}
@@ -130,14 +138,14 @@ class Run:
         for key, content in contents.items():
             if key != "metrics":
                 files[self._kept(key)] = content
-            elif self.resume or is_finished(self.folder):  # not of a run that is unfinished still
+            elif self.resume or is_finished(self.folder):  # not of a run that is still unfinished
                 files[self.folder / RECORD] = content
         folder = shown["metrics"].parent
         busy = f"another process has locked {folder}: try again once it has ended"
         held = lock(folder / ".lock", busy, timeout=60)
         try:
             write_files(files)
-            for key in shown.keys() - contents.keys():  # another run's, or an earlier prediction's
+            for key in shown.keys() - contents.keys():  # of another run or prediction
                 shown[key].unlink(missing_ok=True)
                 self._kept(key).unlink(missing_ok=True)
         finally:
@@ -145,16 +153,16 @@ class Run:
         return {key: shown[key] for key in contents}
 
     def _kept(self, key: str) -> Path:
-        return self.folder / FILES[key].format(**self.identity.of_adapter())
+        return self.folder / FILES[key].format(**self.identity.adapter_metadata())
 
     def _shown(self) -> dict[str, Path]:
         """Where each of the run's files is shown, by its key in FILES."""
-        shown = {key: self.flags[key] for key in OUTPUTS if key in self.flags}
+        shown = {key: self.flags[key] for key in OUTPUT_FLAGS if key in self.flags}
         first = next(iter(shown.values()))
         if "sonnet_out" in shown:
             shown["samples"] = first.with_stem(f"{first.stem}_samples")
         for key in ("metrics", "report", "picture"):
-            shown[key] = first.parent / FILES[key].format(**self.identity.of_adapter())
+            shown[key] = first.parent / FILES[key].format(**self.identity.adapter_metadata())
         return shown
 
     def finish(self) -> None:
@@ -169,7 +177,7 @@ def adapter_path(folder: Path) -> Path:
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
-    """The folders of all runs, finished or not, by name."""
+    """The folders of all runs, finished or not, sorted by name."""
     return sorted({path.parent for name in (RECORD, STATE) for path in runs_dir.glob(f"*/{name}")})
 
 
@@ -191,14 +199,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     needed |= {"trainable_parameters", "train_seconds", "peak_memory_mb", "predicted_with"}
     if missing := sorted(needed - record.keys()):
         raise UserError(
-            f"{folder / RECORD} has no {', '.join(missing)}: it was damaged, or written by another "
-            "version, and its run can be trained anew with --overwrite"
+            f"{folder / RECORD} has no {', '.join(missing)}: it is damaged, or of another version: "
+            "the run's command with --overwrite trains it again"
         )
     return record
 
 
 def find_run(run: str | Path, runs_dir: Path) -> Path:
-    """The folder `run`, or the one in `runs_dir` whose name is `run` or alone begins with it.
+    """The folder `run`, or the only one in `runs_dir` whose name is or begins with `run`.
 
     Raises UserError if there is none, or more than one.
     """
@@ -209,14 +217,14 @@ def find_run(run: str | Path, runs_dir: Path) -> Path:
     found = [folder for folder in folders if folder.name.startswith(str(run))]
     if len(found) == 1:
         return found[0]
-    fault = "begins the names of several runs" if found else f"is no run in {runs_dir}"
+    fault = "begins the names of several runs" if found else f"is not a run in {runs_dir}"
     names = [folder.name for folder in found or folders]
     shown = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
     raise UserError(f"{str(run)!r} {fault}{': ' if names else ''}{shown}")
 
 
 def _is_done(folder: Path, overwrite: bool) -> bool:
-    """True for a finished run; to overwrite one, its record and state are removed."""
+    """True for a finished run; with `overwrite`, record and state are removed first."""
     if overwrite:
         for name in (RECORD, STATE):
             (folder / name).unlink(missing_ok=True)
@@ -227,18 +235,18 @@ def _check_trained(folder: Path) -> None:
     """Raise UserError if there is no adapter to predict with."""
     if not adapter_path(folder).exists():
         raise UserError(
-            f"{adapter_path(folder)} does not exist: train first, by the same command without "
+            f"{adapter_path(folder)} does not exist: train first, with the same command without "
             f"--predict_only{_others(folder)}"
         )
 
 
 def _others(folder: Path) -> str:
-    """A hint at the runs of the same script that there are."""
+    """A hint at the script's existing runs."""
     method = folder.name.partition("-")[0]
     task = folder.name.rpartition("-")[0].rpartition("-")[2]
     names = [path.name for path in finished_runs(folder.parent)]
     names = [name for name in names if name.startswith(method) and f"-{task}-" in name]
-    return f"; the runs there are of other flags: {', '.join(names[:3])}" if names else ""
+    return f"; existing runs have other flags: {', '.join(names[:3])}" if names else ""
 
 
 def _now() -> str:

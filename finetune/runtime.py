@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, ranks, random generators."""
+"""Where and how a run computes: device, precision, ranks and random generators."""
 
 import contextlib
 import os
@@ -23,36 +23,36 @@ from modules.kernels import accelerate
 from modules.settings import UserError, check_settings, setting
 
 Item = TypeVar("Item")
-PRECISIONS = {  # name -> autocast type
+PRECISIONS = {  # name -> autocast dtype
     "fp32": None,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-LESS_MEMORY = (
-    "lower --batch_size and raise --grad_accum as much, or add --gradient_checkpointing, or take "
-    "a smaller --model_size"
+MEMORY_ADVICE = (
+    "lower --batch_size and raise --grad_accum by the same factor, add --gradient_checkpointing, "
+    "or use a smaller --model_size"
 )
-STEADIER = "try a lower --lr, --grad_clip 1 or --precision fp32"
+STABILITY_ADVICE = "try a lower --lr, --grad_clip 1 or --precision fp32"
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """Where and how to compute. Only `precision` decides a run; the others may redraw dropout."""
+    """Where and how to compute. Only `precision` identifies a run; the rest may redraw dropout."""
 
-    use_gpu: bool = setting(False, "CUDA, else Apple's MPS")
+    use_gpu: bool = setting(False, "use CUDA, or else Apple's MPS")
     precision: str = setting(
         "auto",
-        "auto is bf16, or fp16 on GPUs without bf16, or fp32 on a CPU or MPS [auto]",
+        "auto is bf16, but fp16 on GPUs without bf16 and fp32 on a CPU or MPS [auto]",
         choices=("auto", *PRECISIONS),
     )
-    compile: bool = setting(False, "torch.compile the model: takes a minute or two to start")
+    compile: bool = setting(False, "use torch.compile, which takes a minute or two to start")
     gradient_checkpointing: bool = setting(
-        False, "recompute blocks in the backward: less memory, more time"
+        False, "recompute blocks in the backward pass: less memory, more time"
     )
     deterministic: bool = setting(
-        False, "on one CUDA GPU, the same bits in every run: slower, untested"
+        False, "bitwise reproducible runs on one CUDA GPU: slower, untested"
     )
-    no_graphs: bool = setting(False, "on CUDA, launch kernels one by one, not as CUDA graphs")
+    no_graphs: bool = setting(False, "on CUDA, launch kernels one by one, without CUDA graphs")
 
     def __post_init__(self):
         check_settings(self)
@@ -60,7 +60,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Device, autocast type (None is float32) and rank. Only rank 0 prints and writes."""
+    """Device, autocast dtype (None for float32) and rank. Only rank 0 prints and writes."""
 
     device: torch.device
     autocast_dtype: torch.dtype | None = None
@@ -70,27 +70,27 @@ class Runtime:
 
     @property
     def device_name(self) -> str:
-        """What a person calls the device."""
+        """The device's human-readable name."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
 
     @property
     def decodes_in_fixed_shapes(self) -> bool:
-        """Does decoding launch the same kernels for each token? They have no deterministic sum."""
+        """True if decoding launches the same kernels for each token; they are not deterministic."""
         return self.device.type == "cuda" and not self.config.deterministic
 
     @property
-    def decodes_by_graphs(self) -> bool:
-        """Are these kernels a CUDA graph?"""
+    def decodes_with_graphs(self) -> bool:
+        """True if these kernels are launched as a CUDA graph."""
         return self.decodes_in_fixed_shapes and not self.config.no_graphs
 
     @property
-    def trains_by_graphs(self) -> bool:
-        """Are small training steps CUDA graphs? Not where a step waits for other ranks."""
+    def trains_with_graphs(self) -> bool:
+        """True if small training steps are CUDA graphs, which cannot wait for other ranks."""
         config = self.config
         has_one_way = self.world_size == 1 and not (config.compile or config.gradient_checkpointing)
-        return self.decodes_by_graphs and has_one_way
+        return self.decodes_with_graphs and has_one_way
 
     @property
     def is_main(self) -> bool:
@@ -98,11 +98,11 @@ class Runtime:
         return self.rank == 0
 
     def shard(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This rank's shard of the items, every `world_size`-th."""
+        """This rank's shard of the items: every `world_size`-th one."""
         return items[self.rank :: self.world_size]
 
     def gather(self, own: Sequence[Item]) -> list[Item]:
-        """What all ranks made of their shards, in the order of the items."""
+        """All ranks' results for their shards, in the original order of the items."""
         if self.world_size == 1:
             return list(own)
         parts: list[Any] = [None] * self.world_size
@@ -113,16 +113,16 @@ class Runtime:
         return merged
 
     def from_main(self, make: Callable[[], Item]) -> Item:
-        """What `make` returns on rank 0, for all ranks."""
+        """Call `make` on rank 0 and return its result on all ranks."""
         made = [make() if self.is_main else None]
         if self.world_size > 1:
             dist.broadcast_object_list(made)
         return made[0]
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model to train; with several ranks their gradients are averaged.
+        """The model to train, wrapped to average gradients if there are several ranks.
 
-        Each rank draws its own dropout masks from here on.
+        From here on, each rank draws its own dropout masks.
         """
         if self.world_size == 1:
             return model
@@ -141,15 +141,15 @@ class Runtime:
         return torch.autocast(self.device.type, self.autocast_dtype)
 
     def prepare(self, model: nn.Module) -> None:
-        """Bring a finished model to the device, and compile or accelerate it.
+        """Move a finished model to the device, and compile or accelerate it.
 
-        Raises UserError where torch.compile would find no compiler.
+        Raises UserError if torch.compile would not find a compiler.
         """
         compilers = (os.environ.get("CXX", "g++"), "clang++")
         if self.config.compile and not any(map(shutil.which, compilers)):
             raise UserError(
-                "--compile needs a C++ compiler, and there is neither g++ nor clang++: install "
-                "one, or leave the flag out"
+                "--compile needs a C++ compiler, but there is neither g++ nor clang++: install "
+                "one, or leave out the flag"
             )
         if self.autocast_dtype:
             round_frozen_matrices(model, self.autocast_dtype)
@@ -161,10 +161,10 @@ class Runtime:
         trained, total = count_parameters(model)
         print(f"{total:,} parameters, {trained:,} of them trainable, on {self.device}")
         if self.world_size > 1:
-            print(f"{self.world_size} ranks, --batch_size is for each of them")
+            print(f"{self.world_size} ranks, each with batches of --batch_size")
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The batch on the device, by a copy that a GPU does not wait for."""
+        """Copy the batch to the device, asynchronously for a GPU."""
         if self.device.type == "cpu":
             return batch
         pin = self.device.type == "cuda"
@@ -174,26 +174,26 @@ class Runtime:
         }
 
     def usable_memory_mb(self) -> float:
-        """Memory of the CUDA GPU that is free or that this process has reserved."""
+        """Memory of the CUDA GPU that is free or reserved by this process."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return (free + torch.cuda.memory_reserved(self.device)) / 2**20
 
     def peak_memory_mb(self) -> float:
-        """Most memory the run has held: the GPU's allocations, or the process's resident set."""
+        """Peak memory of the run: CUDA allocations, or else the process's resident set."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        status = Path("/proc/self/status")  # Linux: its getrusage begins with the parent's memory
+        status = Path("/proc/self/status")  # Linux, where getrusage starts from the parent's memory
         peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
         if peak:
             return int(peak[1]) / 2**10
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS reports bytes, others KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class LargestBefore:
-    """Called with a number at every step: returns the largest that any rank gave a step before.
+class DelayedMax:
+    """Called with a number at every step; returns the largest of all ranks at the previous step.
 
-    All ranks learn it at the same step, and none waits: the reduction runs beside the step.
+    All ranks get it at the same step without waiting, since the all-reduce overlaps the step.
     """
 
     def __init__(self, runtime: Runtime):
@@ -207,13 +207,13 @@ class LargestBefore:
         if self.reduction:
             self.reduction.wait()
         largest = int(self.numbers)
-        self.numbers = torch.tensor([number])  # on the CPU, so reduced by gloo
+        self.numbers = torch.tensor([number])  # on the CPU, so that gloo reduces it
         self.reduction = dist.all_reduce(self.numbers, dist.ReduceOp.MAX, async_op=True)
         return largest
 
 
 def round_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen linear layers once; autocast would round them the same in every forward."""
+    """Cast frozen linear layers once; autocast would round them the same way in every forward."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
             for frozen in (layer.weight, layer.bias):
@@ -221,24 +221,24 @@ def round_frozen_matrices(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def start(config: RuntimeConfig, seed: int) -> Runtime:
-    """Choose device (CUDA, else Apple's MPS, if a GPU is asked for) and precision, and seed all.
+    """Choose device (with `use_gpu`, CUDA or else Apple's MPS) and precision, and seed everything.
 
-    Under torchrun this joins the other ranks, each with a GPU of its own or all on CPUs.
-    Raises UserError for what this machine has not.
+    Under torchrun, joins the other ranks, each on its own GPU or all on the CPU.
+    Raises UserError if this machine does not have what `config` asks for.
     """
-    rank, world_size, local_rank = torchrun_place()
+    rank, world_size, local_rank = torchrun_ranks()
     device, precision = _find_device(config.use_gpu, world_size, local_rank), config.precision
     if device.type == "cuda":
         _choose_kernels(config.deterministic)
     elif device.type == "mps" and config.deterministic:
-        raise UserError("--deterministic: PyTorch promises the same bits on CUDA only, not on MPS")
+        raise UserError("--deterministic: PyTorch supports this only on CUDA, not on MPS")
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
             native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if native_bf16 else "fp16"
     if precision == "fp16" and device.type != "cuda":
-        raise UserError(f"--precision fp16 needs a CUDA GPU, this run is on {device.type}")
+        raise UserError(f"--precision fp16 needs a CUDA GPU, but this run is on {device.type}")
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     seed_everything(seed)
@@ -260,38 +260,38 @@ def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.devic
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
         raise UserError(
             "--use_gpu: there is an NVIDIA driver, but it is too old for this PyTorch's CUDA "
-            f"{torch.version.cuda}, or PyTorch is a CPU build: update the driver, or install "
+            f"{torch.version.cuda}, or PyTorch is a CPU-only build: update the driver, or install "
             f"torch=={torch.__version__.partition('+')[0]} for an older CUDA (pytorch.org shows "
             "the command)"
         )
-    raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS here")
+    raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS")
 
 
 def _choose_kernels(deterministic: bool) -> None:
-    # cuDNN's attention would build a plan for every new shape, and here each batch has its own.
+    # cuDNN attention would build a plan for every new shape, and here each batch has its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # as cuBLAS documents
-        # With warn_only, the backward of attention would still add up in any order.
+        # With warn_only, attention's backward would still accumulate in any order.
         torch.use_deterministic_algorithms(True)
 
 
-def torchrun_place() -> tuple[int, int, int]:
-    """Rank, number of ranks, and rank on this machine, as torchrun sets them; else 0, 1, 0."""
+def torchrun_ranks() -> tuple[int, int, int]:
+    """Rank, world size and local rank, as set by torchrun; 0, 1, 0 without it."""
     if not dist.is_torchelastic_launched():
         return 0, 1, 0
     return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, those of every GPU included."""
+    """Seed Python's, NumPy's and PyTorch's generators, including those of all GPUs."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of all generators of this process, in plain values and tensors."""
+    """The state of all generators of this process, as plain values and tensors."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
@@ -301,7 +301,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore all generators from `random_state`."""
+    """Restore all generators to a state returned by `random_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

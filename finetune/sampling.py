@@ -15,23 +15,23 @@ class SamplingConfig:
     """How the next token is chosen, and when a poem ends."""
 
     temperature: float = setting(
-        1.2, "logits are divided by it: under 1 likelier, over 1 bolder tokens", above=0
+        1.2, "divides the logits: below 1 sharpens, above 1 flattens the distribution", above=0
     )
     top_p: float = setting(
-        0.9, "sample from the likeliest tokens that hold this mass", above=0, most=1
+        0.9, "sample from the most probable tokens with this total mass", above=0, most=1
     )
-    greedy: bool = setting(False, "always take the likeliest token")
+    greedy: bool = setting(False, "always take the most probable token")
     repetition_penalty: float = setting(
-        1.0, "makes tokens that occurred before less likely, 1 is off", least=1
+        1.0, "makes tokens that are already in the text less likely; 1 is off", least=1
     )
     no_repeat_ngram_size: int = setting(
-        0, "no run of so many tokens occurs twice in a poem, 0 is off", least=0
+        0, "no n-gram of this many tokens occurs twice in a poem; 0 is off", least=0
     )
     min_lines: int = setting(
-        14, "no end of text in a shorter poem, 0 leaves that to the model", least=0
+        14, "suppress end of text in shorter poems; 0 lets the model decide", least=0
     )
     max_lines: int = setting(
-        14, "lines of a whole poem, the given ones included", least=GIVEN_LINES + 1
+        14, "maximum lines of a poem, including the given ones", least=GIVEN_LINES + 1
     )
     max_new_tokens: int = setting(400, "maximum number of generated tokens", least=1)
 
@@ -40,10 +40,10 @@ class SamplingConfig:
 
 
 def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) -> Tensor:
-    """Logits [B,V] that make the tokens of each row's text less likely.
+    """Logits [B,V] in which the tokens of each row's text are less likely.
 
-    Keskar et al. 2019 (CTRL), in the form of `transformers`: positive ones are divided by the
-    penalty, negative ones multiplied.
+    Keskar et al. 2019 (CTRL), as in `transformers`: positive logits are divided by the penalty,
+    negative logits multiplied by it.
     """
     logits = logits.clone()
     for row, text in zip(logits, texts, strict=True):
@@ -52,7 +52,7 @@ def penalize_repetition(logits: Tensor, texts: list[list[int]], penalty: float) 
 
 
 def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Tensor:
-    """Logits [B,V] without the tokens that would end an n-gram for the second time in a text."""
+    """Logits [B,V], -inf for tokens that would repeat an n-gram of their row's text."""
     logits = logits.clone()
     for row, text in enumerate(texts):
         start = tuple(text[len(text) - size + 1 :])
@@ -64,16 +64,16 @@ def ban_repeated_ngrams(logits: Tensor, texts: list[list[int]], size: int) -> Te
 def top_p_sample(
     logits: Tensor, temperature: float, top_p: float, generators: list[np.random.Generator]
 ) -> Tensor:
-    """Token ids [B] from logits [B,V], each row's drawn with its own generator.
+    """Token ids [B] from logits [B,V], each row sampled with its own generator.
 
-    The likeliest tokens are kept until their mass passes `top_p`, one at least (Holtzman et al.
-    2019). Nothing is sorted for that, which would take longer than the model: a token is drawn from
-    the whole vocabulary, and if the likelier ones hold a mass of `top_p` by themselves, it is drawn
-    again from those only.
+    Nucleus sampling (Holtzman et al. 2019): keep the most probable tokens until their mass reaches
+    `top_p`, but at least one. Sorting would take longer than the model, so a token is drawn from
+    the whole vocabulary; if the more probable tokens alone have a mass of `top_p`, it is drawn
+    again from them only.
     """
     p = (logits / temperature).softmax(1)
     if p.device.type == "mps" or torch.are_deterministic_algorithms_enabled():
-        p = p.cpu()  # no float64 on MPS, no deterministic sum of floats on CUDA
+        p = p.cpu()  # MPS has no float64, CUDA no deterministic cumsum of floats
     tokens, rows = [0] * len(p), list(range(len(p)))
     while rows:
         u = [[generators[row].random()] for row in rows]
@@ -82,7 +82,7 @@ def top_p_sample(
         p_chosen = p.gather(1, chosen)
         likelier = torch.where(p > p_chosen, p, 0)
         again = likelier.sum(1, keepdim=True) >= top_p
-        drawn = torch.cat([chosen, again], 1).tolist()  # one wait for a GPU
+        drawn = torch.cat([chosen, again], 1).tolist()  # a single GPU sync
         left = [i for i, (_, outside) in enumerate(drawn) if outside]
         for row, (token, _) in zip(rows, drawn, strict=True):
             tokens[row] = token
@@ -91,21 +91,21 @@ def top_p_sample(
 
 
 def top_p_sample_at(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """The same from one random number a row, u float64 [B,1], without a wait for a GPU.
+    """The same with one random number per row, u float64 [B,1], and without waiting for a GPU.
 
-    A GPU sorts quickly what its host would wait for.
+    On a GPU, sorting takes less time than that wait.
     """
     p = (logits / temperature).softmax(1)
     likeliest = p.sort(1, descending=True).values
     mass_before = likeliest.cumsum(1, dtype=torch.float64) - likeliest
-    n_kept = (mass_before < top_p).sum(1, keepdim=True).clamp(min=1)  # none if all are nan
+    n_kept = (mass_before < top_p).sum(1, keepdim=True).clamp(min=1)  # 0 if all are nan
     return _draw(torch.where(p >= likeliest.gather(1, n_kept - 1), p, 0), u)[:, 0]
 
 
 def _draw(p: Tensor, u: Tensor) -> Tensor:
-    """Tokens [B,1] where the cumulative sum of p [B,V] passes a share u [B,1] of the whole."""
-    # In float64: by rounding, cumulative sums would differ with the batch a row is in.
+    """Tokens [B,1] at which the cumulative sum of p [B,V] exceeds u [B,1] times the total."""
+    # In float64, so that rounding does not make a row's token depend on the rest of its batch.
     mass = p.cumsum(1, dtype=torch.float64)
-    # A little less, so that no u below 1 is rounded to the whole, which no token would pass.
+    # Slightly reduced: no token's sum would exceed a product that rounds up to the total.
     chosen = torch.searchsorted(mass, u * (1 - 2**-40) * mass[:, -1:], right=True)
-    return chosen.clamp(max=p.shape[1] - 1)  # of nan, as a model in float16 may give
+    return chosen.clamp(max=p.shape[1] - 1)  # p may be nan, as in float16

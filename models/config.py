@@ -1,4 +1,4 @@
-"""GPT-2's configuration and sizes, and how they are read from `config.json`."""
+"""GPT-2's configuration, its sizes, and how to read `config.json`."""
 
 import json
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from modules.settings import UserError
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """What this model reads of Hugging Face's GPT-2 `config.json`, under the same names."""
+    """The fields of Hugging Face's GPT-2 `config.json` that are used here, under the same names."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -30,7 +30,7 @@ SIZES = {  # name -> width, layers, heads
     "gpt2-xl": (1600, 48, 25),
     "gpt2-nano": (256, 4, 4),
 }
-# transformers takes these names for the same fields.
+# transformers accepts these names for the same fields.
 ALIASES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -40,7 +40,7 @@ ALIASES = {
 
 
 def read_config(path: Path) -> GPT2Config:
-    """Read a `config.json`; raises UserError for what this GPT-2 does not compute."""
+    """Read a `config.json`; raises UserError for values that this GPT-2 does not support."""
     given = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     for field in fields(GPT2Config):
         value = given.get(field.name, field.default)
@@ -48,9 +48,9 @@ def read_config(path: Path) -> GPT2Config:
             fits, allowed = type(value) is int and value > 0, "a whole number of 1 or more"
         else:
             fits = type(value) in (int, float) and 0 <= value < 1
-            allowed = "a number of 0 or more below 1"
+            allowed = "a number of 0 or more and below 1"
         if not fits:
-            raise UserError(f"{path}: {field.name} is {value!r:.40}, it must be {allowed}")
+            raise UserError(f"{path}: {field.name} is {value!r:.40}, but must be {allowed}")
     required = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -61,15 +61,15 @@ def read_config(path: Path) -> GPT2Config:
     }
     for key, allowed in required.items():
         if given.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key} is {given[key]!r}, this GPT-2 has {allowed[0]!r}")
+            raise UserError(f"{path}: {key} is {given[key]!r}, expected {allowed[0]!r}")
     config = GPT2Config(**{f.name: given[f.name] for f in fields(GPT2Config) if f.name in given})
     if config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head")
+        raise UserError(f"{path}: n_embd {config.n_embd} is not a multiple of n_head")
     return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError."""
+    """Read a JSON object from a file; raises UserError if that fails."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -82,5 +82,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
+    """The first line of an error's message, or the name of its type if there is none."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -18,15 +18,15 @@ class ParaphraseGPT(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_index: Tensor | None = None
     ) -> Tensor:
-        """Float32 [B,2]; no other column of the vocabulary is computed. Arguments: GPT2Model."""
+        """Float32 logits [B,2], for the two answers only. Arguments as in `GPT2Model.forward`."""
         h = self.gpt(input_ids, attention_mask, token_index, last_only=True)["last_token"]  # [B,C]
         answers = self.gpt.word_embedding(self.answer_ids)  # [2,C]
-        # Not a matmul, which autocast would round: near a logit of -100, say, bfloat16 numbers are
+        # Not a matmul, because autocast would round its result: near -100, say, bfloat16 logits are
         # half a nat apart.
         return (h.float()[:, None] * answers).sum(-1)
 
 
 def paraphrase_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy, in nats, over the two answers of a batch from `datasets.pair_batch`."""
+    """Mean cross-entropy over the two answers, in nats, for a batch from `datasets.pair_batch`."""
     logits = model(batch["input_ids"], batch["attention_mask"], batch.get("token_index"))
     return F.cross_entropy(logits, batch["labels"])

@@ -30,22 +30,22 @@ from modules.kernels import accelerate
 from modules.settings import UserError, check_settings, setting
 
 END_OF_TEXT = "<|endoftext|>"
-DOCUMENT = re.compile(r".{8192,}?\n\n|.+", re.DOTALL)  # it ends with a blank line
+DOCUMENT = re.compile(r".{8192,}?\n\n|.+", re.DOTALL)  # ends with a blank line
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is trained; raises UserError for values that are not allowed."""
+    """Training hyperparameters; raises UserError for invalid values."""
 
     model_size: str = setting("gpt2-nano", "width, layers and heads", choices=SIZES)
-    vocab_size: int = setting(8192, "entries of the tokenizer", least=300)
-    context: int = setting(512, "positions of the model", least=8)
-    batch_size: int = setting(8, "rows of --context tokens a step", least=1)
+    vocab_size: int = setting(8192, "tokens in the vocabulary", least=300)
+    context: int = setting(512, "context length in tokens", least=8)
+    batch_size: int = setting(8, "rows of --context tokens per step", least=1)
     steps: int = setting(2800, "optimizer steps", least=1)
-    warmup_steps: int = setting(100, "steps in which the learning rate rises", least=1)
-    lr: float = setting(4e-3, "largest learning rate", above=0)
-    weight_decay: float = setting(0.1, "of the matrices", least=0)
-    seed: int = setting(11711, "of the initial weights and the order", least=0, most=2**32 - 1)
+    warmup_steps: int = setting(100, "steps over which the learning rate rises", least=1)
+    lr: float = setting(4e-3, "peak learning rate", above=0)
+    weight_decay: float = setting(0.1, "weight decay of the layers' matrices", least=0)
+    seed: int = setting(11711, "seed of initial weights and data order", least=0, most=2**32 - 1)
 
     def __post_init__(self):
         check_settings(self)
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def read_text(folder: Path) -> tuple[list[str], list[str]]:
-    """Documents of about 8,192 characters for training, and every hundredth, held out."""
+    """Training and held-out documents of about 8,192 characters; every hundredth is held out."""
     train, held_out = [], []
     for path in sorted(folder.glob("*.txt")):
         try:
@@ -112,7 +112,7 @@ def read_text(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(text: list[str], vocab_size: int, out: Path) -> ByteLevelBPETokenizer:
-    """Train GPT-2's byte-level BPE, end of text last; write `vocab.json` and `merges.txt`."""
+    """Train a GPT-2-style byte-level BPE, end of text last; write `vocab.json` and `merges.txt`."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(text, vocab_size=vocab_size - 1, show_progress=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
@@ -124,15 +124,15 @@ def train_tokenizer(text: list[str], vocab_size: int, out: Path) -> ByteLevelBPE
 
 
 def encode(tokenizer: ByteLevelBPETokenizer, text: list[str]) -> Tensor:
-    """Token ids of all documents, an end-of-text token after each."""
+    """Token ids of all documents, each followed by an end-of-text token."""
     encodings = tokenizer.encode_batch([document + END_OF_TEXT for document in text])
     return torch.cat([torch.tensor(encoding.ids) for encoding in encodings])
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al. 2024) and scaled to AdamW's size of step.
+    """Orthogonalized momentum (Jordan et al. 2024), scaled to match AdamW's step size.
 
-    torch.optim.Muon does the same in bfloat16: on a CPU without such units 8.6 s a step, this 0.2.
+    torch.optim.Muon works in bfloat16: 8.6 s a step on a CPU without bfloat16 units, against 0.2 s.
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float):
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """An approximation of U V^T for g = U S V^T, by the quintic Newton-Schulz iteration."""
+    """Approximate U V^T for g = U S V^T with the quintic Newton-Schulz iteration."""
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
@@ -160,9 +160,9 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 def train_model(model: GPT2Model, train: Tensor, recipe: Recipe) -> None:
-    """Train the layers' matrices by Muon, embeddings, norms and biases by AdamW.
+    """Train the layers' matrices with Muon, and embeddings, norms and biases with AdamW.
 
-    The learning rate rises during the warm-up, then falls linearly to zero.
+    The learning rate rises linearly during warm-up, then falls linearly to zero.
     """
 
     def factor(step: int) -> float:
@@ -188,7 +188,7 @@ def train_model(model: GPT2Model, train: Tensor, recipe: Recipe) -> None:
 
 
 def random_windows(tokens: Tensor, context: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Batches [B,T+1] without end, in random order; each epoch's windows have another offset."""
+    """Endless batches [B,T+1] in random order; windows start at a new offset in each epoch."""
     windows = tokens.unfold(0, context + 1, 1)  # a view of the window at every position
     generator = np.random.default_rng(seed)
     while True:
@@ -199,7 +199,7 @@ def random_windows(tokens: Tensor, context: int, batch_size: int, seed: int) -> 
 
 
 def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
-    """Mean next-token loss of rows [B,T+1], nats per token."""
+    """Mean next-token loss of rows [B,T+1], in nats per token."""
     h = model(rows[:, :-1])["last_hidden_state"]  # [B,T,C]
     logits = model.hidden_state_to_token(h)  # [B,T,V]
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -207,7 +207,7 @@ def language_model_loss(model: GPT2Model, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: GPT2Model, tokens: Tensor) -> float:
-    """Mean loss over windows of the model's whole context, nats per token."""
+    """Mean loss over windows of the model's full context, in nats per token."""
     context = model.config.n_positions
     windows = tokens.unfold(0, context + 1, context)
     return sum(language_model_loss(model, rows).item() for rows in windows.split(1)) / len(windows)

@@ -1,4 +1,4 @@
-"""Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, a folder, or a hub's."""
+"""Find, read and write GPT-2 checkpoints in Hugging Face format: bundled, local or on the hub."""
 
 import hashlib
 import json
@@ -33,20 +33,20 @@ HF_NAMES = {  # ours -> Hugging Face's, within a layer and outside
     "interm_dense": "mlp.c_fc",
     "out_dense": "mlp.c_proj",
 }
-# Hugging Face keeps these four as Conv1D: [in, out], the transpose of a linear layer's weight.
+# Hugging Face stores these four as Conv1D: [in, out], the transpose of a linear layer's weight.
 CONV1D_WEIGHT = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")
-# Causal masks that old checkpoints carry.
+# Causal masks in old checkpoints.
 IGNORED = re.compile(r"^h\.\d+\.attn\.(masked_)?bias$")
-# Of GPT2ForSequenceClassification, ...ForTokenClassification, ...ForQuestionAnswering,
+# Heads of GPT2ForSequenceClassification, ...ForTokenClassification, ...ForQuestionAnswering,
 # ...DoubleHeadsModel, and of TRL's models with a value head.
 TASK_HEAD = re.compile(r"^(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def find_checkpoint(name_or_folder: str | Path) -> Path:
-    """The folder of a checkpoint: that of a size in SIZES, or the one given.
+    """The folder of a checkpoint, given a size in SIZES or the folder itself.
 
-    All but the bundled size come from the Hugging Face cache, else from the hub. Raises
+    All but the bundled size come from the Hugging Face cache or, failing that, the hub. Raises
     UserError if there is no such folder or size, or the hub does not answer.
     """
     name = str(name_or_folder)
@@ -58,7 +58,7 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
         return Path(name)
     raise UserError(
         f"{name} is neither a folder nor one of the models {', '.join(SIZES)}; for another model "
-        "of the hub, run `hf download MODEL --local-dir FOLDER` and give FOLDER (--model_path)"
+        "on the hub, run `hf download MODEL --local-dir FOLDER` and pass --model_path FOLDER"
     )
 
 
@@ -80,21 +80,21 @@ def _fetch(name: str) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
-        HfApi().model_info(name, timeout=5)  # without a network a download retries for 30 s
+        HfApi().model_info(name, timeout=5)  # offline, a download would retry for 30 s
         return Path([hf_hub_download(name, file) for file in HUB_FILES][0]).parent
-    except Exception as error:  # a proxy or an address that cannot be used raises any of them
+    except Exception as error:  # an unusable proxy or address can raise anything
         raise UserError(
             f"{name} is not in the Hugging Face cache and could not be fetched from the hub "
-            f"({type(error).__name__}: {first_line(error)}): give the folder of a GPT-2 "
-            "checkpoint (--model_path), or gpt2-nano, the bundled model (--model_size)"
+            f"({type(error).__name__}: {first_line(error)}): pass the folder of a GPT-2 checkpoint "
+            "(--model_path) or use the bundled model (--model_size gpt2-nano)"
         ) from error
 
 
 def load_config(folder: Path) -> GPT2Config:
-    """Read `config.json`; raises UserError for what this GPT-2 does not compute."""
+    """Read a checkpoint's `config.json`; raises UserError if the checkpoint cannot be used."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"{folder} holds no GPT-2 checkpoint: it has no config.json")
+        raise UserError(f"{folder} is not a GPT-2 checkpoint: it has no config.json")
     config, weights = read_config(path), _weight_files(folder)
     if not weights:
         raise UserError(
@@ -105,17 +105,17 @@ def load_config(folder: Path) -> GPT2Config:
     layer = 12 * config.n_embd**2  # its matrices only
     least = config.n_layer * layer + (config.vocab_size + config.n_positions) * config.n_embd
     size = sum(file.stat().st_size for file in weights)
-    if least > max(size, 10**8):  # before memory is asked for that there may not be
+    if least > max(size, 10**8):  # before allocating memory that may not be there
         raise UserError(
-            f"{path} makes a model of over {least:,} parameters, its weights have {size:,} bytes"
+            f"{path} describes over {least:,} parameters, but the weights have {size:,} bytes"
         )
     return config
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a GPT2Model on the meta device its weights in float32, every name and shape checked.
+    """Load weights into a GPT2Model on the meta device, in float32, checking all names and shapes.
 
-    Prints the names of a task head that it leaves out.
+    A task head is ignored, and its tensors' names are printed.
     """
     model.to_empty(device="cpu")
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
@@ -123,7 +123,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for path in _weight_files(folder):
         for stored_name, tensor in read_tensors(path):
             name = stored_name.removeprefix("transformer.")
-            name = "wte.weight" if name == "lm_head.weight" else name  # one tied weight
+            name = "wte.weight" if name == "lm_head.weight" else name  # tied weights
             if name in parameters:
                 weight = parameters[name].data
                 tensor = _fitting(tensor, weight.shape, f"{path}: {stored_name}", name)
@@ -138,21 +138,21 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 unexpected.append(stored_name)
     if missing or unexpected:
         raise UserError(
-            f"{folder} does not fit its config.json: missing {_some(missing)}, "
+            f"{folder} does not match its config.json: missing {_some(missing)}, "
             f"unexpected {_some(unexpected)}"
         )
     if task_head:
-        print(f"{folder}: left out the task head, {_some(task_head)}")
+        print(f"{folder}: ignored the task head, {_some(task_head)}")
 
 
 def _fitting(tensor: Tensor, shape: torch.Size, where: str, name: str) -> Tensor:
-    """The stored tensor in float32 and in our layout; raises UserError if it cannot be used."""
+    """A stored tensor in this model's layout and float32; raises UserError if it cannot be used."""
     if CONV1D_WEIGHT.search(name) and tensor.ndim == 2:
         tensor = tensor.T
     if tensor.shape != shape or not tensor.is_floating_point():
         raise UserError(
-            f"{where} is {tensor.dtype} {list(tensor.shape)}, by config.json it "
-            f"must be a float of {list(shape)}"
+            f"{where} is {tensor.dtype} {list(tensor.shape)}, but config.json requires "
+            f"a floating-point tensor of shape {list(shape)}"
         )
     tensor = tensor.float()
     if not tensor.sum().isfinite():
@@ -167,7 +167,7 @@ def _some(names) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """The hex SHA-256 of what decides a base checkpoint's results, wherever the folder is."""
+    """The hex SHA-256 of a base checkpoint's config, weights and tokenizer, whatever its path."""
     digest = hashlib.sha256(repr(load_config(folder)).encode())
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     for path in _weight_files(folder) + tokenizer:
@@ -179,9 +179,9 @@ def fingerprint(folder: Path) -> str:
 
 
 def save_gpt2(model: nn.Module, folder: Path, eos_token_id: int, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors` as `transformers.GPT2LMHeadModel` reads them.
+    """Write `config.json` and `model.safetensors` for `transformers.GPT2LMHeadModel`.
 
-    An adapter is left out: merge it first.
+    Adapter parameters are not saved: merge LoRA first.
     """
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -229,7 +229,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, in an order in which file and model are never both in memory entirely."""
+    """Yield names and tensors, ordered so that file and model are never both fully in memory."""
     _check_readable(path)
     try:
         if path.suffix != ".safetensors":
@@ -238,7 +238,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         for name in sorted(sizes, key=sizes.get, reverse=True):
-            # Opened anew for each tensor: a closed file gives its mapped pages back.
+            # Reopened for each tensor, since closing the file releases its mapped pages.
             with safe_open(path, framework="pt") as file:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
@@ -246,19 +246,19 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_readable(path: Path) -> None:
-    """Raise UserError for a file that cannot be opened, or that git has not fetched yet."""
+    """Raise UserError if a file cannot be opened or is a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(24) == b"version https://git-lfs."
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if is_pointer:
-        raise UserError(f"{path} is a Git LFS pointer: git lfs pull fetches the file")
+        raise UserError(f"{path} is a Git LFS pointer: run git lfs pull to fetch the file")
 
 
 def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no weights by name")
+        raise UserError(f"{path} does not hold a dict of named weights")
     for name in list(state):
         tensor = state.pop(name)
         if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.is_sparse:
@@ -267,12 +267,12 @@ def _take_tensors(path: Path, state: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_plain(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain values: nothing else is ever built."""
+    """Load a `torch.save` file of tensors and plain values; nothing else is ever unpickled."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file makes any of them
+    except Exception as error:  # a damaged file can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = "is damaged or was not written by torch.save"
         if code:

@@ -1,4 +1,4 @@
-"""GPT-2 that learns to continue a poem: the next-token loss."""
+"""GPT-2 trained to continue poems, with the next-token loss."""
 
 from torch import Tensor, nn
 
@@ -22,8 +22,8 @@ class SonnetGPT(nn.Module):
         prompt_lengths: Tensor,
         targets: Tensor,
     ) -> Tensor:
-        """Nats per target, a scalar; `targets` [N] are the tokens that follow the batch's, row by
-        row. All arguments are a batch of `datasets.SonnetBatches`.
+        """The loss in nats per target, a scalar. `targets` [N] are the next tokens, row by row.
+        The arguments together are a batch from `datasets.SonnetBatches`.
         """
         states = self.gpt(input_ids, attention_mask, token_index, prompt_lengths=prompt_lengths)
         h = states["token_states"][: len(targets)]  # without the padding positions

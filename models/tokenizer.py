@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of a checkpoint, with the ids that `transformers` gives a text."""
+"""A checkpoint's byte-level BPE tokenizer, which gives the same ids as in `transformers`."""
 
 import json
 from pathlib import Path
@@ -17,21 +17,21 @@ TOKENIZER_FILES = [
 
 
 def load_tokenizer(folder: Path, vocab_size: int | None = None) -> "Tokenizer":
-    """The tokenizer that `AutoTokenizer` makes of a checkpoint folder, for whole texts.
+    """Load a checkpoint folder's tokenizer with `AutoTokenizer`, set up for whole texts.
 
-    Its `backend_tokenizer` never truncates or pads, and decoding drops the blank that the
-    tokenizer puts before a text. Raises UserError for what is no byte-level BPE, or not one for
-    embeddings of `vocab_size` tokens.
+    Its `backend_tokenizer` never truncates or pads, and decoding drops the space that some
+    tokenizers prepend to a text. Raises UserError if it is not a byte-level BPE or does not match
+    embeddings for `vocab_size` tokens.
     """
     if not has_tokenizer(folder):
         missing = "merges.txt" if (folder / "vocab.json").exists() else "vocab.json"
         raise UserError(f"{folder} has no tokenizer: {missing} is missing")
     about = folder / "tokenizer_config.json"
     if about.exists() and "auto_map" in read_json(about):
-        raise UserError(f"{about} names code of its own (auto_map), which is never run")
+        raise UserError(f"{about} refers to custom code (auto_map), which is never run")
     try:
         tokenizer = _read(folder)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"the tokenizer in {folder} cannot be used: {first_line(error)}") from error
     if vocab_size:
         tokenizer = _fit(tokenizer, folder, vocab_size)
@@ -47,9 +47,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def unused_ids(tokenizer: "Tokenizer", vocab_size: int) -> list[int]:
-    """The rows of embeddings for `vocab_size` tokens that no text ends up in.
+    """The ids below `vocab_size` that no text is encoded to.
 
-    Those are rows without a token, and that of a padding token added to the vocabulary.
+    They are embedding rows without a token, and a padding token added to the vocabulary.
     """
     used = set(tokenizer.get_vocab().values())
     named = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
@@ -66,13 +66,13 @@ def _read(folder: Path) -> "Tokenizer":
     config = None if (folder / "config.json").exists() else GPT2Config()
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, BPE):
-        raise ValueError("it is no byte-level BPE")
+        raise ValueError("it is not a byte-level BPE")
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.model.dropout = None  # which would make the ids random
+    backend.model.dropout = None  # it would make the ids random
     if "Ċ" not in "".join(backend.encode("a\na", add_special_tokens=False).tokens):
-        raise ValueError("it is no byte-level BPE that keeps the ends of lines")
+        raise ValueError("it is not a byte-level BPE that preserves line breaks")
     backend.decoder = decoders.ByteLevel()
     if backend.decode(backend.encode("a", add_special_tokens=False).ids) == " a":
         without_blank = decoders.Strip(" ", left=1, right=0)
@@ -81,9 +81,9 @@ def _read(folder: Path) -> "Tokenizer":
 
 
 def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
-    """The tokenizer without added tokens that the model has no embedding for.
+    """Drop added tokens that the model has no embedding for.
 
-    If a text has such a token, it is read like any other text.
+    Where a text contains one, it is then tokenized as ordinary text.
     """
     import tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -92,8 +92,8 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
     n_tokens = max(backend.get_vocab(with_added_tokens=False).values()) + 1
     if n_tokens > vocab_size or len(tokenizer) < vocab_size / 2:
         raise UserError(
-            f"{folder}: the tokenizer has {n_tokens:,} tokens, the model embeddings for "
-            f"{vocab_size:,}: they do not belong together"
+            f"{folder}: the tokenizer does not match the model: it has {n_tokens:,} tokens, "
+            f"and the model has embeddings for {vocab_size:,}"
         )
     if max(tokenizer.get_vocab().values()) < vocab_size:
         return tokenizer
@@ -109,7 +109,7 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
 
 
 def _name_end_of_text(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Take `eos_token` from config.json, where the tokenizer's own files name none."""
+    """Take `eos_token` from config.json if the tokenizer's own files do not name one."""
     config = folder / "config.json"
     end = read_json(config).get("eos_token_id") if config.exists() else None
     names = [name for name, token in tokenizer.get_vocab().items() if token == end]

@@ -26,10 +26,10 @@ class CausalSelfAttention(nn.Module):
         cache: LayerCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """[N,C] to [N,C], before the output projection; `last_only`: to [B,C], the rows' last.
+        """[N,C] -> [N,C], or with `last_only` [B,C], each row's last token; no output projection.
 
-        `bias` [B,1,T,S] is added to the scores of queries and keys, instead of the causal mask.
-        With a `cache` the S keys are those that it holds once the new ones are in it.
+        `bias` [B,1,T,S] is added to the attention scores and replaces the causal mask. With a
+        `cache`, the S keys are those it holds once the new ones have been appended.
         """
         qkv = self.qkv(x)  # [N,3C]
         q, k, v = self._heads(layout.to_rows(qkv))  # [B,H,T,D] each
@@ -44,13 +44,13 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=bias,
             dropout_p=self.dropout_p if self.training else 0.0,
-            # Written so, torch.compile has a constant here and not a size that varies.
+            # Spelled out so that torch.compile sees a constant rather than a dynamic size.
             is_causal=True if bias is None and q.shape[2] > 1 else False,  # noqa: SIM210
         )
         y = y.transpose(1, 2).flatten(2)  # [B,T,C]
         return y[:, 0] if last_only else layout.to_tokens(y)
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
-        """[B,T,3C] to three of [B,H,T,D]."""
+        """[B,T,3C] -> q, k and v, each [B,H,T,D]."""
         parts = qkv.unflatten(2, (3, self.n_head, -1)).unbind(2)  # [B,T,H,D] each
         return [part.transpose(1, 2) for part in parts]

@@ -1,4 +1,4 @@
-"""Dropout whose mask costs little: on a CPU cut as bytes from random words, kept as bytes."""
+"""Dropout with a cheap mask: on a CPU, random 64-bit words are cut into bytes, one per element."""
 
 import math
 from functools import cache
@@ -11,43 +11,43 @@ from modules.onednn import agrees
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
-    """y, its mask, and the scale that is missing: y * scale is x after dropout.
+    """Unscaled dropout of x: y, its mask, and the scale such that y * scale is dropout(x).
 
-    On a CPU the mask is cut as bytes from 64-bit random words: a fifteenth of the time in which
-    `F.dropout` draws a number for each element.
+    On a CPU, the mask comes from the bytes of random 64-bit words. `F.dropout`, which draws a
+    random number for every element, takes fifteen times as long.
     """
     if x.device.type != "cpu":
         return *torch.native_dropout(x, p, True), 1.0
-    n_dropped = min(255, round(256 * p))  # of the 256 values of a byte
-    seed = int(torch.randint(2**62, ()))  # so that PyTorch's generator decides it all
+    n_dropped = min(255, round(256 * p))  # out of the 256 values of a byte
+    seed = int(torch.randint(2**62, ()))  # so that PyTorch's seed determines the mask
     words = np.random.SFC64(seed).random_raw(math.ceil(x.numel() / 8))
     mask = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)
-    mask.ge_(n_dropped)  # in place: the comparison to a tensor of bool is 15 times slower
+    mask.ge_(n_dropped)  # in place: a comparison that returns a bool tensor is 15x slower
     return mask.to(x.dtype).mul_(x), mask, 256 / (256 - n_dropped)
 
 
 @cache
 def native_dropout_works(device: torch.device) -> bool:
-    """Is `native_dropout`, by which `drop` works off a CPU, right in both directions?"""
+    """True if `native_dropout`, which `drop` uses off the CPU, is correct forward and backward."""
     x = torch.ones(8, 8, device=device)
 
     def deviation() -> Tensor:
         y, mask = torch.native_dropout(x, 0.5, True)
         gradient = torch.ops.aten.native_dropout_backward(x, mask, 2.0)
-        return torch.stack([y - gradient, y * (y - 2)])  # all are 0 or 2
+        return torch.stack([y - gradient, y * (y - 2)])  # every y is 0 or 2
 
-    return agrees("its own LoRA backward", deviation, lambda: x.new_zeros(2, 8, 8))
+    return agrees("the custom LoRA backward", deviation, lambda: x.new_zeros(2, 8, 8))
 
 
 def drop_gradient(grad: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The gradient of x from that of the y of `drop`."""
+    """The gradient with respect to the x of `drop`, given that of its y."""
     if mask.dtype == torch.bool:
         return torch.ops.aten.native_dropout_backward(grad, mask, 1 / (1 - p))
     return mask.to(grad.dtype).mul_(grad)
 
 
 class _Drop(torch.autograd.Function):
-    """Saves a byte for each element."""
+    """Saves one byte per element for the backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
@@ -62,7 +62,7 @@ class _Drop(torch.autograd.Function):
 
 
 class ByteDropout(nn.Dropout):
-    """x * mask / (1 - p), p rounded to a 256th, and the scale exact for the rounded p."""
+    """x * mask / (1 - p), with p rounded to a multiple of 1/256 in both the mask and the scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Drop.apply(x, self.p) if self.training and self.p else x

@@ -1,6 +1,6 @@
-"""CUDA graphs: the kernels of a function, launched as one.
+"""CUDA graphs: launch all kernels of a function at once.
 
-Where a step's kernels are small, launching each of them takes longer than what they compute.
+If a step's kernels are small, launching them one by one takes longer than running them.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,24 @@ Outputs = tuple[Tensor, ...]
 Function = Callable[..., Outputs]
 
 MOST_GRAPHS = 64
-TOLERANCE = 0.02  # of a norm; sums of 16-bit numbers in another order differ by less
+TOLERANCE = 0.02  # relative, in norm; 16-bit sums in a different order deviate less
 
 
 class CUDAGraphs:
-    """A function of tensors, as a CUDA graph for each set of shapes that comes a second time.
+    """Runs a function of tensors as a CUDA graph, captured when a set of input shapes recurs.
 
-    The function gets its tensors by name and returns tensors, which the next call overwrites. It
-    may depend on nothing else but weights and random numbers, and may not read a value on the host.
+    The function takes its tensors by name and returns tensors, which the next call overwrites. It
+    may depend only on its inputs, weights and random numbers, and must not read values on the host.
 
-    A new graph is compared with the function itself. If it gives other results or cannot be made, a
-    line says so, and the function is called without graphs from then on.
+    Each new graph is checked against the function itself. If the results differ or capture fails,
+    a message is printed and the function runs without graphs from then on.
     """
 
     def __init__(self, function: Function, what: str):
         self.function, self.what = function, what
         self.graphs: dict[tuple, Callable[[dict[str, Tensor]], Outputs]] = {}
         self.seen: set[tuple] = set()
-        self.pool = None  # of memory, shared by all graphs, which never run at the same time
+        self.pool = None  # memory shared by all graphs, since they never run at the same time
         self.works = True
 
     def __call__(self, **inputs: Tensor) -> Outputs:
@@ -44,18 +44,18 @@ class CUDAGraphs:
         return self.function(**inputs)
 
     def _first_call(self, shapes: tuple, inputs: dict[str, Tensor]) -> Outputs:
-        """The results for these inputs, and from now on a graph for such shapes."""
+        """Compute the results for these inputs and keep a graph for their shapes."""
         stream, before = torch.cuda.current_stream(), torch.cuda.get_rng_state()
         expected = self.function(**inputs)
         after = torch.cuda.get_rng_state()
-        reason = "it gives other results"
+        reason = "the results differ"
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = record(self.function, inputs, self.pool)
-            torch.cuda.set_rng_state(before)  # the same dropout again
+            torch.cuda.set_rng_state(before)  # to repeat the same dropout
             found = graph(inputs)
-            self.works = agree(found, expected)
-        except RuntimeError as error:  # some operation cannot be recorded, or memory is short
+            self.works = results_match(found, expected)
+        except RuntimeError as error:  # an operation cannot be captured, or out of memory
             torch.cuda.set_stream(stream)
             self.works, reason = False, str(error).partition("\n")[0]
         torch.cuda.set_rng_state(after)
@@ -70,7 +70,7 @@ class CUDAGraphs:
 def record(
     function: Function, inputs: dict[str, Tensor], pool: Any
 ) -> Callable[[dict[str, Tensor]], Outputs]:
-    """The function as a CUDA graph, for inputs of these shapes."""
+    """Capture the function as a CUDA graph for inputs of these shapes."""
     own = {name: tensor.clone() for name, tensor in inputs.items()}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
@@ -84,8 +84,8 @@ def record(
     return replay
 
 
-def agree(found: Outputs, expected: Outputs) -> bool:
-    """Are these the same results, up to rounding?"""
+def results_match(found: Outputs, expected: Outputs) -> bool:
+    """True if the results are equal up to rounding."""
     a, b = (torch.cat([tensor.flatten().float() for tensor in each]) for each in (found, expected))
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):

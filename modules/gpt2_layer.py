@@ -1,4 +1,4 @@
-"""One GPT-2 block: pre-norm attention and pre-norm feed-forward, each with a residual."""
+"""One GPT-2 block: pre-norm attention and pre-norm feed-forward, with residual connections."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from modules.padding import TokenLayout
 class GPT2Layer(nn.Module):
     """h = h + dense(attention(norm(h))), then h = h + out(gelu(interm(norm(h)))).
 
-    `after_attention` and `after_ffn` are hook points for an intervention on the residual stream.
+    `after_attention` and `after_ffn` are hook points for interventions on the residual stream.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class GPT2Layer(nn.Module):
         intervened: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """[N,C] to [N,C], or with `last_only` to [B,C], the last token of each row.
+        """[N,C] -> [N,C], or with `last_only` [B,C], each row's last token.
 
-        Layout, bias and cache are those of `CausalSelfAttention`; `intervened`, bool [N,1], says
-        at which tokens the hook points act, None is all.
+        `layout`, `bias` and `cache` are as in `CausalSelfAttention`. `intervened`, bool [N,1],
+        selects the tokens that the hook points act on; None means all.
         """
         y = self.self_attention(self.attention_layer_norm(h), layout, bias, cache, last_only)
         if last_only:
@@ -49,7 +49,7 @@ class GPT2Layer(nn.Module):
         h = h + self.dropout(self.attention_dense(y))
         if self.after_attention is not None:
             h = self.after_attention(h, intervened)
-        # The GPT-2 weights were trained with the tanh form of GELU; the exact form drifts by 1e-3.
+        # GPT-2 was trained with the tanh approximation of GELU; exact GELU shifts outputs by ~1e-3.
         y = F.gelu(self.interm_dense(self.out_layer_norm(h)), approximate="tanh")
         h = h + self.dropout(self.out_dense(y))
         return h if self.after_ffn is None else self.after_ffn(h, intervened)

@@ -1,4 +1,4 @@
-"""Faster ways to compute what the plain modules compute, behind one door: `accelerate(model)`."""
+"""Faster implementations of the plain modules, swapped in by `accelerate(model)`."""
 
 import contextlib
 import ctypes
@@ -27,27 +27,27 @@ from modules.onednn import (
 from modules.padding import autocast_dtype
 
 SWITCH = "GPT2_ACCELERATE"  # environment variable; 0 keeps the plain modules
-LOSS_CHUNK = 128  # states whose logits exist at one time
-GPU_LOSS_CHUNK = 1024  # the same where each kernel costs a launch: 200 MB of gpt2's logits
+LOSS_CHUNK = 128  # states whose logits are in memory at once
+GPU_LOSS_CHUNK = 1024  # larger, as each kernel costs a launch; 200 MB of logits for gpt2
 
 
 def accelerate(model: nn.Module) -> None:
-    """Swap the modules of a finished model for faster ones, which have the same parameters.
+    """Replace the modules of a finished model with faster ones that have the same parameters.
 
     On every device:
-      LoRALinear           its own backward: keeps less, and adds by the matmul itself; under
-                           autocast one cast of all A and B in a forward of the model
-      NextTokenLoss        logits of 128 states at a time, on a GPU of 1024, their gradient
-                           made on the way
+      LoRALinear           custom backward that stores less and fuses additions into matmuls; under
+                           autocast, one cast of all A and B per forward of the model
+      NextTokenLoss        logits for 128 states at a time (1024 on a GPU), with their gradient
+                           computed in the forward
     On a CPU:
-      nn.Dropout           masks cut as bytes from random words; p is rounded to a 256th
-      CausalSelfAttention  under dropout its own backward; one query by two small matmuls
+      nn.Dropout           masks cut from random 64-bit words; p is rounded to a multiple of 1/256
+      CausalSelfAttention  custom backward under dropout; two small matmuls for a single query
       nn.Linear            oneDNN where MKL lacks code for the CPU; `prepacked` for decoding
       malloc               glibc keeps freed memory for the next step
 
-    What relies on a private operator of PyTorch is checked against the plain way first, and left
-    out, with a line that says so, if the operator is missing or differs. GPT2_ACCELERATE=0 in the
-    environment leaves all modules plain.
+    Code that relies on a private PyTorch operator is first checked against the plain version. If
+    the operator is missing or gives different results, a message is printed and the plain module
+    stays. GPT2_ACCELERATE=0 in the environment keeps all modules plain.
     """
     if os.environ.get(SWITCH) == "0":
         return
@@ -69,7 +69,7 @@ def accelerate(model: nn.Module) -> None:
 
 
 class FastLinear(nn.Linear):
-    """W x + b by the faster library."""
+    """W x + b with the faster of oneDNN and MKL."""
 
     prepacked: Tensor | None = None
 
@@ -85,7 +85,7 @@ class FastLinear(nn.Linear):
 
 
 class FastCausalSelfAttention(CausalSelfAttention):
-    """By `cpu_attention` where PyTorch is slow on a CPU: under dropout, and for a single query."""
+    """Uses `cpu_attention` where PyTorch is slow on a CPU: under dropout and for a single query."""
 
     @staticmethod
     def scaled_dot_product_attention(
@@ -100,7 +100,7 @@ class FastCausalSelfAttention(CausalSelfAttention):
 def cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float, is_causal: bool
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` of float32 q [B,H,T,D] and k, v [B,H,S,D]."""
+    """`F.scaled_dot_product_attention` for float32 q [B,H,T,D] and k, v [B,H,S,D]."""
     (B, H, T, _), S = q.shape, k.shape[2]
     if is_causal:
         bias = q.new_full((T, S), -torch.inf).triu_(1)
@@ -114,7 +114,7 @@ def cpu_attention(
 class AttentionMatmul(torch.autograd.Function):
     """dropout(softmax(q k^T / sqrt(D) + bias)) v.
 
-    Keeps the softmax and a mask of bytes; autograd would keep what dropout left as well.
+    Saves the softmax and a byte mask; autograd would also save dropout's output.
     """
 
     @staticmethod
@@ -141,7 +141,7 @@ class AttentionMatmul(torch.autograd.Function):
 
 @cache
 def attention_backward_works() -> bool:
-    """Is the gradient of `cpu_attention`, for which a private operator is used, right?"""
+    """True if the gradient of `cpu_attention`, which uses a private operator, is correct."""
     q = torch.arange(8.0).view(1, 1, 4, 2).requires_grad_()
 
     def gradient(attention: Callable[..., Tensor]) -> Tensor:
@@ -150,11 +150,11 @@ def attention_backward_works() -> bool:
             return torch.autograd.grad(y.square().sum(), q)[0]
 
     plain = F.scaled_dot_product_attention
-    return agrees("its own attention", lambda: gradient(cpu_attention), lambda: gradient(plain))
+    return agrees("the custom attention", lambda: gradient(cpu_attention), lambda: gradient(plain))
 
 
 class ChunkedNextTokenLoss(NextTokenLoss):
-    """The same with the logits of some states at a time, of a weight that is not trained."""
+    """The same loss, computed in chunks of states if the LM head is frozen."""
 
     def forward(self, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None):
         if weight.requires_grad:
@@ -163,14 +163,14 @@ class ChunkedNextTokenLoss(NextTokenLoss):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradient of h is made on the way forward, so no matmul more is done than by autograd."""
+    """Computes the gradient of h in the forward, which takes no more matmuls than autograd."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
         total, gradients = 0.0, []
         chunk = LOSS_CHUNK if h.device.type == "cpu" else GPU_LOSS_CHUNK
         if in_tf32 := computes_in_tf32(h.device):
-            # No loss changes by what all logits have in common, so that need not be rounded.
+            # An offset common to all logits leaves the loss unchanged, so it need not be rounded.
             weight = weight - weight.mean(0)
         with torch.autocast(h.device.type, enabled=False), tf32(in_tf32):
             for h_part, target in zip(h.split(chunk), targets.split(chunk), strict=True):
@@ -192,15 +192,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def computes_in_tf32(device: torch.device) -> bool:
-    """True on CUDA where autocast computes all other matmuls in 16 bits."""
+    """True on CUDA under autocast, when all other matmuls are computed in 16 bits."""
     return device.type == "cuda" and autocast_dtype(device) is not None
 
 
 @contextlib.contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """Within, CUDA may round float32 factors of a matmul to 10 bits: seven times the speed.
+    """Let CUDA round the float32 inputs of matmuls to 10-bit mantissas, for seven times the speed.
 
-    Here alone: the whole run in TF32 would spoil LoReFT's orthonormal rows.
+    Not enabled for the whole run because TF32 would spoil LoReFT's orthonormal rows.
     """
     matmuls = torch.backends.cuda.matmul
     before = matmuls.fp32_precision
@@ -217,10 +217,10 @@ def tf32(enabled: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prepacked(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
-    """Within, an accelerated GPT-2 decodes about `rows` rows with copies of its weights in `dtype`.
+    """Let an accelerated GPT-2 decode about `rows` rows with copies of its weights in `dtype`.
 
-    LoRA is merged into them. On a CPU they are in oneDNN's blocks and take as much memory again; on
-    CUDA the other weights are of that type already. Elsewhere nothing changes.
+    LoRA is merged into the copies. On a CPU they use oneDNN's blocked layout and double the memory
+    for weights; on CUDA the other weights already have that dtype. Other devices are unaffected.
     """
     device = gpt.word_embedding.weight.device.type
     works = device == "cuda" or (device == "cpu" and onednn_works())
@@ -235,14 +235,14 @@ def prepacked(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.prepacked = None
-        gpt.__dict__.pop("hidden_state_to_token", None)  # the method is back
+        gpt.__dict__.pop("hidden_state_to_token", None)  # restore the method
 
 
 def _prepacked_head(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The LM head as a function: float32 logits [B,V] of states [B,C].
+    """The LM head as a function from states [B,C] to float32 logits [B,V].
 
-    In 16 bits the tokens' mean row is subtracted first and its logit added back in float32: what
-    all tokens have in common is not rounded, and the rest is small, and so is its rounding.
+    In 16 bits, the mean token embedding is first subtracted and its logit added back in float32:
+    what all tokens share is not rounded, and the remainder is small, as is its rounding error.
     """
     weight, bias = gpt.word_embedding.weight.detach(), gpt.logit_bias
     used = weight if bias is None else weight[bias == 0]
@@ -258,13 +258,13 @@ def _prepacked_head(gpt: nn.Module, rows: int, dtype: torch.dtype) -> Callable[[
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for the next step; no other C library is touched.
+    """Make glibc keep large freed blocks for the next step; other C libraries are not affected.
 
-    It hands them back to the system, and getting them again page by page took a tenth of a
-    training step and more.
+    By default it returns them to the system, and faulting them back in page by page took a tenth
+    of a training step or more.
     """
-    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most old ones take
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # old versions' limit
         mallopt(trim_threshold, 2**31 - 1)

@@ -1,4 +1,4 @@
-"""Keys and values of the positions read so far, so that decoding reads each position once."""
+"""Keys and values of past positions, cached so that decoding processes each position once."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from modules.padding import TokenLayout
 
 
 class LayerCache:
-    """One layer's keys and values [2,B,H,size,D]; a row's first token is at slot 0."""
+    """One layer's keys and values [2,B,H,size,D]; a row's first token is in slot 0."""
 
     def __init__(self, cache: "KVCache"):
         self.cache = cache
         self.kv = torch.empty(0)
 
     def append(self, kv: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Put keys and values [N,2,H,D] of new tokens behind each row's own.
+        """Append the keys and values [N,2,H,D] of new tokens to their rows.
 
-        Returns keys and values [B,H,S,D] of the slots that the new tokens may attend to.
+        Returns the keys and values [B,H,S,D] of the slots that the new tokens may attend to.
         """
         B, T = layout.shape
-        if not self.kv.numel():  # zeros, since weights of 0 are multiplied with what is unused
+        if not self.kv.numel():  # zeros: attention multiplies unused slots by 0
             _, two, H, D = kv.shape
             self.kv = kv.new_zeros(two, B, H, self.cache.size, D)
         self.kv[:, layout.row, :, layout.position] = kv
@@ -28,9 +28,9 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers, for up to `size` positions of `n_rows` rows.
+    """The caches of all layers, for `n_rows` rows of up to `size` positions.
 
-    With `fixed_shapes`, as a CUDA graph needs them, all slots count once the prompts are read.
+    With `fixed_shapes`, which CUDA graphs need, attention spans all `size` slots after the prompts.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class KVCache:
     ):
         self.size, self.fixed_shapes = size, fixed_shapes
         self.layers = [LayerCache(self) for _ in range(n_layer)]
-        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # [B], tokens read
-        self.longest = 0  # the largest of `lengths`, or a little more
+        self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # [B], cached tokens
+        self.longest = 0  # the maximum of `lengths`, or slightly more
 
     def n_slots(self, n_new: int) -> int:
-        """The slots that attention reads while `n_new` tokens a row are read."""
+        """S, the number of slots that attention spans when each row gets up to `n_new` tokens."""
         return self.size if self.fixed_shapes and self.longest else self.longest + n_new
 
     def advance(self, layout: TokenLayout) -> None:
-        """Count the tokens that every layer has appended."""
+        """Count the tokens of `layout` as cached, once every layer has appended them."""
         self.lengths = self.lengths + layout.lengths
         self.longest += layout.shape[1]
 

@@ -1,4 +1,4 @@
-"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), for a finished GPT-2."""
+"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), of a pretrained GPT-2."""
 
 import math
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from modules.adapters import chosen_layers, freeze_base
 from modules.settings import UserError, check_settings, setting
 
-FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in its order
+FUSED = ("query", "key", "value")  # the three parts of `self_attention.qkv`, in order
 TARGETS = (*FUSED, "attention_dense", "interm_dense", "out_dense")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which linear layers get an adapter, and its size; raises UserError for other values."""
+    """Which linear layers get an adapter, and how large; raises UserError for invalid values."""
 
     method: ClassVar[str] = "lora"
     rank: int = setting(8, "rows of A, columns of B", least=1)
-    alpha: float = setting(16.0, "the adapter is scaled by alpha / rank", above=0)
-    dropout: float = setting(0.1, "on the adapter's input", least=0, below=1)
+    alpha: float = setting(16.0, "scales the adapter by alpha / rank", above=0)
+    dropout: float = setting(0.1, "dropout on the adapter's input", least=0, below=1)
     targets: tuple[str, ...] = setting(
-        TARGETS, f"layers that get an adapter, of {', '.join(TARGETS)} [all]", choices=TARGETS
+        TARGETS, f"layers that get an adapter: any of {', '.join(TARGETS)} [all]", choices=TARGETS
     )
     layers: tuple[int, ...] | None = setting(
-        None, "blocks that get adapters, counted from 0 [all]", least=0
+        None, "transformer blocks that get adapters, counted from 0 [all]", least=0
     )
 
     def __post_init__(self):
@@ -35,10 +35,10 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha/r) B A dropout(x), with A [R,in] random and B [out,R] zero at first.
+    """y = W x + b + (alpha/r) B A dropout(x); initially A [R,in] is random and B [out,R] is 0.
 
-    A fused layer is several linear layers with one input. `parts` says which of them are adapted;
-    each has its own A and B, kept one below the other in `lora_A` and `lora_B`.
+    A fused layer is several linear layers with the same input. `parts` says which of them are
+    adapted; each of those has its own A and B, stacked row-wise in `lora_A` and `lora_B`.
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, parts: tuple[bool, ...] = (True,)):
@@ -62,7 +62,7 @@ class LoRALinear(nn.Linear):
         return y + self.scale * F.linear(z, self.block_B())
 
     def block_B(self) -> Tensor:
-        """[out,nR]: each part's B in its own rows and columns, none for a part without one."""
+        """The block-diagonal B, [out,nR]; unadapted parts have rows of 0 and no columns."""
         if len(self.parts) == 1:
             return self.lora_B
         none = self.lora_B.new_zeros(self.out_features // len(self.parts), 0)
@@ -78,14 +78,14 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapter to the weight; `forward` then costs what the plain layer costs."""
+        """Add the adapter to the weight; `forward` then costs the same as the plain layer."""
         if not self.merged:
             self.weight.copy_(self.effective_weight())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the adapter out of the weight again, exact to rounding in the weight's type."""
+        """Subtract the adapter from the weight again, exact to rounding in the weight's dtype."""
         if self.merged:
             W = self.weight.to(self.lora_A.dtype)
             self.weight.copy_(W.addmm(self.block_B(), self.lora_A, alpha=-self.scale))
@@ -93,11 +93,9 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:
-    """Replace the target layers of a loaded GPT-2 by LoRA ones and freeze all other weights."""
+    """Replace the target layers of a loaded GPT-2 with LoRA layers and freeze everything else."""
     if config.rank > gpt.config.n_embd:
-        raise UserError(
-            f"LoRA rank {config.rank} is more than the model's width, {gpt.config.n_embd}"
-        )
+        raise UserError(f"LoRA rank {config.rank} exceeds the model's width, {gpt.config.n_embd}")
     parts = tuple(name in config.targets for name in FUSED)
     for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
         layer = gpt.gpt_layers[index]

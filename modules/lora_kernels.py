@@ -1,4 +1,4 @@
-"""LoRA in few and large operations: what `accelerate` puts in the place of `LoRALinear`."""
+"""LoRA in a few large operations, which `accelerate` substitutes for `LoRALinear`."""
 
 from collections.abc import Callable
 from functools import cache
@@ -15,10 +15,10 @@ from modules.padding import autocast_dtype
 
 
 class FastLoRALinear(LoRALinear):
-    """W x + b + (alpha/r) B A dropout(x) in one autograd function."""
+    """W x + b + (alpha/r) B A dropout(x) as one autograd function."""
 
     prepacked: Tensor | None = None
-    cast: tuple[Tensor, Tensor] | None = None  # A and B in autocast's type, in a model's forward
+    cast: tuple[Tensor, Tensor] | None = None  # A and B in autocast's dtype, during a forward
 
     def forward(self, x: Tensor) -> Tensor:
         if self.prepacked is not None:
@@ -34,10 +34,10 @@ class FastLoRALinear(LoRALinear):
 
 
 class LoRAMatmul(torch.autograd.Function):
-    """W x + b + scale B A dropout(x) of x [N,in], with the gradients of x, A [nR,in] and B [nO,R].
+    """W x + b + scale B A dropout(x) for x [N,in], with gradients for x, A [nR,in] and B [nO,R].
 
-    n of a fused layer's parts, each O wide, are adapted. Keeps of x what dropout left, a mask of
-    bytes and A dropout(x). The matmuls scale and add: neither is a pass of its own over the memory.
+    n parts of a fused layer, each O wide, are adapted. Saves dropout(x), a byte mask and
+    A dropout(x). Scaling and adding happen inside the matmuls, not in extra passes over memory.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class LoRAMatmul(torch.autograd.Function):
 
 
 def scaled_bmm(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale x y, [n,I,J] of x [n,I,K] and y [n,K,J]."""
+    """scale * (x @ y), [n,I,J], for x [n,I,K] and y [n,K,J]."""
     if x.device.type != "cpu":
         return x.new_empty(*x.shape[:2], y.shape[2]).baddbmm_(x, y, beta=0, alpha=scale)
     if x.shape[1] > y.shape[2]:  # MKL takes four times as long for few columns as for few rows
@@ -87,12 +87,12 @@ def scaled_bmm(x: Tensor, y: Tensor, scale: float) -> Tensor:
 
 
 def _split(x: Tensor, n: int) -> Tensor:
-    """[N,nK] to [n,N,K], a view."""
+    """[N,nK] -> [n,N,K], a view."""
     return x.unflatten(1, (n, -1)).transpose(0, 1)
 
 
 def _adapted(y: Tensor, parts: tuple[bool, ...]) -> Tensor:
-    """The adapted parts of [N,out] as [n,N,O], a view: any of three are evenly spaced."""
+    """The adapted parts of [N,out] as a view [n,N,O]: any subset of three is evenly spaced."""
     first, *more = (i for i, adapted in enumerate(parts) if adapted)
     step = more[0] - first if more else 1
     return _split(y, len(parts))[first : first + step * sum(parts) : step]
@@ -100,7 +100,7 @@ def _adapted(y: Tensor, parts: tuple[bool, ...]) -> Tensor:
 
 @cache
 def lora_matmul_works(device: torch.device) -> bool:
-    """Is `LoRAMatmul`, which writes into views, right on this device, gradients included?"""
+    """True if `LoRAMatmul`, which writes into views, is correct here, gradients included."""
 
     def numbers(rows: int, columns: int) -> Tensor:
         return torch.arange(float(rows * columns), device=device).view(rows, columns) / 32
@@ -122,17 +122,17 @@ def lora_matmul_works(device: torch.device) -> bool:
             gradients = torch.autograd.grad(y.square().sum(), inputs)
         return torch.cat([tensor.detach().flatten() for tensor in (y, *gradients)])
 
-    return agrees("its own LoRA backward", lambda: result(fast), lambda: result(plain))
+    return agrees("the custom LoRA backward", lambda: result(fast), lambda: result(plain))
 
 
-# One cast for all
+# A single cast for all adapters
 
 
 class CastAll(torch.autograd.Function):
-    """Copies of tensors in another type by one kernel, and their gradients back by one.
+    """Casts all tensors to `dtype` in one kernel, and their gradients back in one kernel.
 
-    A cast for each matrix of gpt2 would be 96 kernels and as many in the backward, on a GPU more
-    time than its matmuls take.
+    Casting each LoRA matrix of gpt2 by itself would launch 96 kernels, and as many in the backward,
+    which on a GPU takes longer than the matmuls.
     """
 
     @staticmethod
@@ -152,12 +152,12 @@ def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]
 
 
 def cast_adapters_at_once(model: nn.Module) -> None:
-    """Have each forward of the GPT-2 in a model cast all A and B, under autocast, before it starts.
+    """Under autocast, cast all A and B together at the start of each forward of the model's GPT-2.
 
-    The copies are dropped when it ends: none can be of weights that have changed since.
+    The copies are dropped at the end of the forward, so they are never stale.
     """
     for gpt in model.modules():
-        if any(isinstance(child, nn.ModuleList) for child in gpt.children()):  # its layers
+        if any(isinstance(child, nn.ModuleList) for child in gpt.children()):  # its blocks
             _cast_in_each_forward(gpt, [m for m in gpt.modules() if isinstance(m, LoRALinear)])
 
 

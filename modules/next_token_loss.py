@@ -1,4 +1,4 @@
-"""The loss of a language model."""
+"""The language-modeling loss."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ class NextTokenLoss(nn.Module):
     def forward(
         self, h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """A scalar from states h [N,C], the LM head's weight [V,C] and the token ids [N].
+        """A scalar, from states h [N,C], the LM head's `weight` [V,C] and the ids `targets` [N].
 
-        `bias` [V] is -inf for the ids that have no part in the softmax.
+        `bias` [V] is -inf for ids excluded from the softmax.
         """
         with torch.autocast(h.device.type, enabled=False):
             return F.cross_entropy(F.linear(h.float(), weight, bias), targets)

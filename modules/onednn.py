@@ -1,4 +1,4 @@
-"""Matmuls x W^T + b by oneDNN, which PyTorch contains, where it beats MKL on a CPU."""
+"""Matmuls x W^T + b with oneDNN, which ships with PyTorch, where it beats MKL on a CPU."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,10 +11,10 @@ MIN_SIZE = 5_000_000  # multiplications; oneDNN keeps 0.6 MB of code for each ne
 
 
 def matmul(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x W^T + b by the faster library; large float32 products of a CPU may go to oneDNN.
+    """x W^T + b with the faster library; large float32 matmuls on a CPU may go to oneDNN.
 
-    It has fast code for a W without gaps only: with one, as in a part of a fused layer's gradient,
-    it takes a thousand times as long.
+    oneDNN is fast only if W or its transpose is contiguous. With gaps, as in a slice of a fused
+    layer's gradient, it takes a thousand times as long.
     """
     is_dense = W.is_contiguous() or W.T.is_contiguous()
     if use_onednn(x) and is_dense and x.numel() * len(W) >= MIN_SIZE:
@@ -23,23 +23,23 @@ def matmul(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
-    """y + x W^T, in place, of matrices."""
+    """Add x W^T to y in place; all three are matrices."""
     if use_onednn(x) and y.numel() * x.shape[1] >= MIN_SIZE:
         return y.add_(matmul(x, W))
     return y.addmm_(x, W.T)
 
 
 def use_onednn(x: Tensor) -> bool:
-    """True if large matmuls of this x are faster by oneDNN than by MKL, which F.linear calls."""
+    """True if large matmuls with this x are faster in oneDNN than in MKL, which F.linear uses."""
     plain_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and plain_float32 and onednn_leads()
+    return x.device.type == "cpu" and plain_float32 and prefer_onednn()
 
 
 @cache
-def onednn_leads() -> bool:
-    """MKL has AVX-512 code only for Intel's CPUs, oneDNN for all.
+def prefer_onednn() -> bool:
+    """True on AMD CPUs with AVX-512, which oneDNN uses on every CPU but MKL only on Intel's.
 
-    On two cores of an AMD EPYC (Zen 5) oneDNN makes 450 GFLOP/s in float32, MKL 200.
+    On two cores of an AMD EPYC (Zen 5), float32 runs at 450 GFLOP/s in oneDNN and 200 in MKL.
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     is_amd = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
@@ -48,7 +48,7 @@ def onednn_leads() -> bool:
 
 @cache
 def onednn_works() -> bool:
-    """Is oneDNN there with this CPU's vector instructions, and its result right?"""
+    """True if oneDNN is available, the CPU has AVX and the results are correct."""
     has_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not (has_vectors and torch.backends.mkldnn.is_available()):
         return False
@@ -63,7 +63,7 @@ def onednn_works() -> bool:
 
 
 class OneDNNMatmul(torch.autograd.Function):
-    """x W^T + b of x [...,in] with the gradients of all three."""
+    """x W^T + b for x [...,in], with gradients for x, W and b."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -80,10 +80,10 @@ class OneDNNMatmul(torch.autograd.Function):
 
 
 def prepack(weight: Tensor, rows: int) -> Tensor:
-    """A copy of a weight in oneDNN's blocks, for matmuls with about `rows` rows.
+    """A copy of a weight in oneDNN's blocked layout, for matmuls with about `rows` rows.
 
-    Twelve rows through all of gpt2's matrices, its LM head included, take 35 ms that way on two
-    AVX-512 cores, and 77 by F.linear. On a GPU it is the weight itself.
+    On two AVX-512 cores, twelve rows through all of gpt2's matrices, LM head included, take 35 ms
+    this way and 77 ms with F.linear. On a GPU, returns the weight itself.
     """
     if weight.device.type != "cpu":
         return weight.detach()
@@ -91,7 +91,7 @@ def prepack(weight: Tensor, rows: int) -> Tensor:
 
 
 def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b with a prepacked W, in its type."""
+    """x W^T + b with a prepacked W, in its dtype."""
     x, bias = x.to(weight.dtype), bias if bias is None else bias.to(weight.dtype)
     if weight.device.type != "cpu":
         return F.linear(x, weight, bias)
@@ -99,12 +99,12 @@ def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def agrees(what: str, fast: Callable[[], Tensor], plain: Callable[[], Tensor]) -> bool:
-    """True if a private operator gives what the plain way gives; says so if it does not."""
+    """True if a private operator matches the plain computation; otherwise prints a message."""
     try:
         if torch.allclose(fast(), plain(), atol=1e-4):
             return True
-        reason = "gives other results"
+        reason = "the results differ"
     except (AttributeError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-    print(f"running without {what}, which PyTorch {torch.__version__} lacks ({reason})")
+    print(f"running without {what}, which failed a check on PyTorch {torch.__version__} ({reason})")
     return False

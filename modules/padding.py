@@ -1,4 +1,4 @@
-"""A batch without its padding: layers see the N tokens, [N,C]; only attention needs rows."""
+"""Batches without padding: layers process the N tokens, [N,C]; only attention needs rows."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from torch import Tensor
 class TokenLayout:
     """Where the N tokens of a batch are in its B rows, each of which starts at position 0.
 
-    Left padding and holes in a mask are closed up, so every mask becomes a causal one.
+    Left padding and holes in a mask are closed up, so plain causal attention works for every mask.
     """
 
     shape: tuple[int, int]  # B, T
-    source: Tensor | None  # int64 [N], where each token is in the flattened input; None: all B*T
-    index: Tensor | None  # int64 [N], where it is in the flattened rows
+    source: Tensor | None  # int64 [N], tokens' indices in the flattened input; None: all B*T
+    index: Tensor | None  # int64 [N], their indices in the flattened rows; None likewise
     row: Tensor  # int64 [N]
-    position: Tensor  # int64 [N], within its row, cached tokens counted
-    lengths: Tensor  # int64 [B], without those cached
+    position: Tensor  # int64 [N], within the row, counting cached tokens
+    lengths: Tensor  # int64 [B], not counting cached tokens
 
     @classmethod
     def of(
@@ -28,12 +28,12 @@ class TokenLayout:
         token_index: Tensor | None = None,
         cached: Tensor | None = None,
     ) -> "TokenLayout":
-        """The layout of `input_ids` [B,T] with 1 in `attention_mask` [B,T] where a token is.
+        """The layout of `input_ids` [B,T], whose tokens are where `attention_mask` [B,T] is 1.
 
-        `token_index` [N], for rows padded on the right, says the same without reading the mask,
-        which would wait for a GPU. It may end in some padding positions: no token attends to
-        them. `cached` [B] counts each row's tokens before these. Raises ValueError for a row
-        without a token.
+        `token_index` [N], for right-padded rows, gives the tokens' indices in the flattened input
+        without a scan of the mask, which would wait for a GPU. It may end in padding positions,
+        which no token attends to. `cached` [B] is the number of cached tokens in each row. Raises
+        ValueError if a row has no token.
         """
         (B, T), device = input_ids.shape, input_ids.device
         source, index = token_index, token_index
@@ -55,26 +55,26 @@ class TokenLayout:
 
     @property
     def last(self) -> Tensor:
-        """int64 [B], which of the N tokens is the last of each row."""
+        """int64 [B], the index of each row's last token among the N."""
         return self.lengths.cumsum(0) - 1
 
     def tokens_of(self, input_ids: Tensor) -> Tensor:
-        """The N tokens of the input [B,T]."""
+        """The N tokens of `input_ids` [B,T]."""
         return input_ids.flatten() if self.source is None else input_ids.flatten()[self.source]
 
-    def in_place(self, x: Tensor) -> Tensor:
-        """[N,...] to [B,T,...] with every token where it was in the input, zeros for padding."""
+    def to_input_shape(self, x: Tensor) -> Tensor:
+        """[N,...] -> [B,T,...], each token where it was in the input and zeros for padding."""
         return self._scatter(x, self.source)
 
     def attention_bias(self, n_slots: int) -> Tensor:
-        """Added to the scores of each query for the slots of a cache, [B,1,T,S]: 0 where it may
-        attend, -inf elsewhere, in the type of the scores.
+        """The bias [B,1,T,S] on the attention scores over cached slots, in their dtype: 0 where a
+        query may attend, -inf elsewhere.
         """
         slot = torch.arange(n_slots, device=self.position.device)
         return _bias(slot <= self.to_rows(self.position)[:, None, :, None])
 
     def last_attention_bias(self, bias: Tensor | None) -> Tensor:
-        """The rows of a bias [B,1,T,S], None being the causal one, of each row's last token."""
+        """The part [B,1,1,S] of `bias` [B,1,T,S] (None: causal) for each row's last token."""
         if bias is None:
             slot = torch.arange(self.shape[1], device=self.lengths.device)
             return _bias(slot < self.lengths[:, None, None, None])  # [B,1,1,S]
@@ -82,7 +82,7 @@ class TokenLayout:
         return bias.gather(2, last)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """[N,...] to [B,T,...] with zeros for padding."""
+        """[N,...] -> [B,T,...], with zeros for padding."""
         return self._scatter(x, self.index)
 
     def _scatter(self, x: Tensor, index: Tensor | None) -> Tensor:
@@ -92,13 +92,13 @@ class TokenLayout:
         return x.unflatten(0, (B, T))
 
     def to_tokens(self, rows: Tensor) -> Tensor:
-        """[B,T,...] to [N,...], without padding."""
+        """[B,T,...] -> [N,...], without padding."""
         x = rows.flatten(0, 1)
         return x if self.index is None else take(x, self.index)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The type in which autocast computes matmuls, None where it is off."""
+    """The dtype in which autocast computes matmuls, or None if autocast is off."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
@@ -110,7 +110,7 @@ def _bias(visible: Tensor) -> Tensor:
 
 
 class _Take(torch.autograd.Function):
-    """x[index] for distinct indices: the gradient is copied, where autograd would add it up."""
+    """x[index] for distinct indices: the gradient is copied, where autograd would accumulate it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor) -> Tensor:

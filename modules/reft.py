@@ -1,7 +1,7 @@
-"""ReFT, representation fine-tuning (Wu et al. 2024, arXiv 2404.03592), for a finished GPT-2.
+"""ReFT, representation fine-tuning (Wu et al. 2024, arXiv 2404.03592), of a pretrained GPT-2.
 
-The weights stay as they are. What is learned is an intervention on the residual stream h, after the
-attention or the feed-forward sub-block of a layer, at all positions or at some of the prompt's.
+The weights stay frozen. ReFT learns interventions on the residual stream h, after the attention or
+the feed-forward sub-block of a layer, at all positions or only at the prompt's first and last.
 """
 
 import math
@@ -18,7 +18,7 @@ from modules.adapters import chosen_layers, freeze_base
 from modules.settings import UserError, check_settings, setting
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    # Not F.relu, whose slope at 0 is 0: (No)DiReFT starts at 0 and would stay there.
+    # Not F.relu, whose gradient at 0 is 0: (No)DiReFT starts at 0 and would stay there.
     "relu": lambda x: F.threshold(x, -torch.finfo(x.dtype).tiny, 0.0),
     "gelu": F.gelu,
     "tanh": torch.tanh,
@@ -30,27 +30,27 @@ LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> hook poin
 
 @dataclass(frozen=True)
 class ReFTConfig:
-    """Which intervention is put where, and its size; raises UserError for other values."""
+    """Which interventions to add, where, and how large; raises UserError for invalid values."""
 
     method: ClassVar[str] = "reft"
     type: str = setting("adapter", f"{', '.join(TYPES)} [%(default)s]", choices=TYPES)
-    rank: int = setting(4, "dimensions of the subspace that is intervened on", least=1)
-    alpha: float = setting(16.0, "only the type adapter is scaled, by alpha / rank", above=0)
-    dropout: float = setting(0.0, "on what is added to the states", least=0, below=1)
+    rank: int = setting(4, "dimensions of the subspace to intervene in", least=1)
+    alpha: float = setting(16.0, "type adapter only: scales it by alpha / rank", above=0)
+    dropout: float = setting(0.0, "dropout on what is added to the hidden states", least=0, below=1)
     activation: str | None = setting(
         None,
-        "[relu for the type adapter, linear, as in the paper, for the others]",
+        "[relu for type adapter; linear for the others, as in the paper]",
         choices=ACTIVATIONS,
     )
     locations: tuple[str, ...] = setting(
         ("attention",), "intervene after attention, ffn or both [attention]", choices=LOCATIONS
     )
     layers: tuple[int, ...] | None = setting(
-        None, "blocks with interventions, counted from 0 [all]", least=0
+        None, "transformer blocks to intervene in, counted from 0 [all]", least=0
     )
     positions: str = setting(
         "all",
-        "all, or the prompt's first N and last M, each half of it at most: fN+lM, fN, lM [all]",
+        "all, or the first N and last M of the prompt, each at most half: fN+lM, fN, lM [all]",
         check=lambda text: Positions.parse(text),
     )
 
@@ -63,25 +63,25 @@ class ReFTConfig:
 
 @dataclass(frozen=True)
 class Positions:
-    """The first and the last positions of a prompt, each at most half of it."""
+    """The first and the last positions of a prompt, at most half of it each."""
 
     first: int
     last: int
 
     @classmethod
     def parse(cls, text: str) -> "Positions | None":
-        """`fN+lM`, `fN` or `lM`; None for `all`: every position, of the prompt and after it."""
+        """Parse `fN+lM`, `fN` or `lM`; `all` gives None: every position in and after the prompt."""
         if text == "all":
             return None
         match = re.fullmatch(r"f(?P<first>[0-9]+)|(?:f(?P<f>[0-9]+)\+)?l(?P<last>[0-9]+)", text)
         first = int(match["first"] or match["f"] or 0) if match else 0
         last = int(match["last"] or 0) if match else 0
         if first == last == 0:
-            raise UserError(f"ReFT positions {text!r}: allowed are all, fN+lM, fN and lM")
+            raise UserError(f"ReFT positions must be all, fN+lM, fN or lM, not {text!r}")
         return cls(first, last)
 
     def of(self, position: Tensor, prompt_length: Tensor) -> Tensor:
-        """Bool [N,1] of tokens at `position` [N] in rows whose prompts have `prompt_length` [N]."""
+        """Bool [N,1], True for tokens to intervene on; `position` and `prompt_length` are [N]."""
         half = prompt_length // 2
         to_end = prompt_length - position  # 1 for the last position of the prompt
         first = position < half.clamp(max=self.first)
@@ -90,9 +90,9 @@ class Positions:
 
 
 class Intervention(nn.Module):
-    """h + dropout(edit(h)). The classes below say what `edit` is.
+    """h + dropout(edit(h)), where each subclass defines `edit`.
 
-    It is computed in float32, autocast or not: edits are small beside h.
+    Edits are computed in float32 even under autocast, because they are small compared with h.
     """
 
     def __init__(self, width: int, config: ReFTConfig):
@@ -102,7 +102,7 @@ class Intervention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h: Tensor, intervened: Tensor | None = None) -> Tensor:
-        """[N,C] to [N,C]; where `intervened`, bool [N,1], is False, h stays as it is."""
+        """[N,C] -> [N,C]; where `intervened`, bool [N,1], is False, h is unchanged."""
         with torch.autocast(h.device.type, enabled=False):
             edit = self.dropout(self.edit(h.float()))
             return h + (edit if intervened is None else edit * intervened)
@@ -111,12 +111,12 @@ class Intervention(nn.Module):
         return nn.Parameter(torch.zeros(*shape))
 
     def orthonormal(self) -> nn.Parameter:
-        """[R,C] with orthonormal rows."""
+        """A random [R,C] matrix with orthonormal rows."""
         return nn.Parameter(nn.init.orthogonal_(torch.empty(self.rank, self.width)))
 
 
 class Adapter(Intervention):
-    """h + (alpha/r) W_up act(W_down h), with W_up = 0 at first. This project's own form."""
+    """h + (alpha/r) W_up act(W_down h); initially W_up = 0. This project's own variant."""
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -129,7 +129,7 @@ class Adapter(Intervention):
 
 
 class NoReFT(Intervention):
-    """h + W2^T (act(W1 h + b) - W2 h): LoReFT without orthonormal rows; W1 = W2, b = 0 at first."""
+    """h + W2^T (act(W1 h + b) - W2 h): LoReFT with W2 unconstrained; initially W1 = W2, b = 0."""
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -143,7 +143,7 @@ class NoReFT(Intervention):
 
 
 class NoDiReFT(Intervention):
-    """h + W2^T act(W1 h + b): DiReFT without orthonormal rows; W1 = 0 and b = 0 at first."""
+    """h + W2^T act(W1 h + b): DiReFT with W2 unconstrained; initially W1 = 0, b = 0."""
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -156,7 +156,7 @@ class NoDiReFT(Intervention):
 
 
 class Orthonormal(Intervention):
-    """An intervention through a matrix R [R,C] whose rows are orthonormal after every step."""
+    """An intervention in the row space of R [R,C], whose rows are kept orthonormal."""
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -165,9 +165,9 @@ class Orthonormal(Intervention):
 
 
 class LoReFT(Orthonormal):
-    """h + R^T (act(W h + b) - R h), rows of R orthonormal, with W = R and b = 0 at first.
+    """h + R^T (act(W h + b) - R h), with R's rows orthonormal; initially W = R, b = 0.
 
-    Fresh, it is the identity for the linear activation, the paper's; none else can be.
+    At initialization it is the identity, but only with the linear activation, as in the paper.
     """
 
     def __init__(self, width: int, config: ReFTConfig):
@@ -180,7 +180,7 @@ class LoReFT(Orthonormal):
 
 
 class DiReFT(Orthonormal):
-    """h + R^T act(W h + b), rows of R orthonormal, with W = 0 and b = 0 at first."""
+    """h + R^T act(W h + b), with R's rows orthonormal; initially W = 0, b = 0."""
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -197,30 +197,30 @@ INTERVENTIONS: dict[str, type[Intervention]] = dict(
 
 @torch.no_grad()
 def orthonormalize_(matrices: list[Tensor]) -> None:
-    """Make the rows of each R [R,C] orthonormal in place, of all in one batch.
+    """Make the rows of each R [R,C] orthonormal in place, all matrices in one batch.
 
-    This is Gram-Schmidt, by the Cholesky factor of RR^T. After an optimizer step R is nearly
-    orthonormal still, so one pass is exact to rounding. It takes R x R numbers; a parametrization
-    would do as much in every forward and backward.
+    This is Gram-Schmidt, via the Cholesky factor of RR^T. After an optimizer step R is still nearly
+    orthonormal, so one pass is exact up to rounding. Only R x R matrices are factored; a
+    parametrization would do as much work in every forward and backward.
     """
     R = torch.stack(matrices)  # [M,R,C]
-    L = torch.linalg.cholesky_ex(R @ R.mT).L  # cholesky itself makes a GPU wait for its check
+    L = torch.linalg.cholesky_ex(R @ R.mT).L  # cholesky would wait for the GPU to check for errors
     R = torch.linalg.solve_triangular(L, R, upper=False)
     torch._foreach_copy_(matrices, R.unbind())
 
 
 def orthonormalize(model: nn.Module) -> None:
-    """Make the rows of every R of a model orthonormal again, after an optimizer step."""
+    """Make the rows of every R in a model orthonormal again after an optimizer step."""
     matrices = [module.reft_R for module in model.modules() if isinstance(module, Orthonormal)]
     if matrices:
         orthonormalize_(matrices)
 
 
 def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
-    """Put interventions at the hook points of a loaded GPT-2 and freeze all its weights."""
+    """Install interventions at the hook points of a loaded GPT-2 and freeze all its weights."""
     width = gpt.config.n_embd
     if config.rank > width:
-        raise UserError(f"ReFT rank {config.rank} is more than the model's width, {width}")
+        raise UserError(f"ReFT rank {config.rank} exceeds the model's width, {width}")
     for index in chosen_layers(config.layers, len(gpt.gpt_layers)):
         layer = gpt.gpt_layers[index]
         device = layer.out_dense.weight.device

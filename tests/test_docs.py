@@ -121,7 +121,7 @@ def test_python_examples_run_as_they_stand_and_offline(path, demo_runs, monkeypa
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(ask.arguments, "in_project", lambda path: demo_runs)
+    monkeypatch.setattr(ask.arguments, "project_path", lambda path: demo_runs)
     monkeypatch.chdir(ROOT)
     namespace: dict[str, object] = {}
     for code in blocks(path, "python"):

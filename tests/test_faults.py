@@ -200,7 +200,7 @@ def test_a_signal_ends_a_run_with_advice_and_its_usual_code(undisturbed, tmp_pat
         with fault():
             os.kill(process.pid, signum)
             code = wait(process, timeout=60)
-            advice = "the same command with --resume resumes it"
+            advice = "run the same command with --resume to continue"
             assert f"stopped by {signum.name}: {advice}\n" in output(folder)
             if name != "two_processes":  # torchrun has a code and a traceback of its own
                 assert code == 128 + signum
@@ -223,7 +223,7 @@ def test_the_same_run_twice_at_once_is_refused_and_another_is_not(undisturbed, t
     with fault(3):
         for flags in ([], ["--resume"], ["--predict_only"]):
             assert wait(start("lora_pairs", folder, *flags)) == 1
-            assert "error: another process is at this run, " in output(folder)
+            assert "error: another process is working on this run, " in output(folder)
         log(folder).write_text(first)
         other = ["--seed", "2", "--export_peft", "a2", "--export_merged", "m2"]
         assert wait(start("lora_pairs", folder, *other)) == 0, output(folder)
@@ -253,7 +253,7 @@ def test_a_damaged_resume_file_is_refused_and_nothing_touched(tmp_path):
     for damaged, flags, sentence in (
         (whole[: len(whole) // 2], [], damage),
         (random.Random(0).randbytes(len(whole)), [], damage),
-        (whole, ["--gradient_checkpointing"], " is of a run with --gradient_checkpointing False, "),
+        (whole, ["--gradient_checkpointing"], " was saved when --gradient_checkpointing was "),
     ):
         path.write_bytes(damaged)
         before = contents(folder)

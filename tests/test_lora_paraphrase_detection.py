@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from data.pairs import read_pairs
 from datasets import answer_ids, make_prompt
-from finetune.arguments import in_project
+from finetune.arguments import project_path
 from models.pretrained import BUNDLED, load_tokenizer
 from modules.lora import TARGETS
 from tests.conftest import narrow_hf_model
@@ -41,8 +41,8 @@ def predictions(path):
 
 def test_predictions_are_written_in_the_order_of_the_file(finished):
     folder, _ = finished
-    for name, labelled in (("dev", True), ("test", False)):
-        pairs = read_pairs(ROOT / "data" / f"sample-pairs-{name}.csv", labelled, limit=40)
+    for name, has_labels in (("dev", True), ("test", False)):
+        pairs = read_pairs(ROOT / "data" / f"sample-pairs-{name}.csv", has_labels, limit=40)
         assert [pair_id for pair_id, _ in predictions(folder / f"{name}.csv")] == pairs.ids
 
 
@@ -155,18 +155,18 @@ def test_it_runs_where_hugging_faces_datasets_is_installed(tmp_path):
 
 def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert in_project("data/sonnets.txt") == Path("data/sonnets.txt")
+    assert project_path("data/sonnets.txt") == Path("data/sonnets.txt")
     monkeypatch.chdir(tmp_path)
-    assert in_project("data/sonnets.txt").resolve() == ROOT / "data" / "sonnets.txt"
+    assert project_path("data/sonnets.txt").resolve() == ROOT / "data" / "sonnets.txt"
     done = run(tmp_path, "--help")
-    default = str(in_project("predictions/lora-para-dev-output.csv"))
+    default = str(project_path("predictions/lora-para-dev-output.csv"))
     assert default in "".join(done.stdout.split())  # however long the path, and so its lines
 
 
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
-        (["--lora_ra", "3"], 2, "there is no flag --lora_ra: did you mean --lora_rank?"),
+        (["--lora_ra", "3"], 2, "unknown flag --lora_ra: did you mean --lora_rank?"),
         (["--model_size", "gpt2-nano"], 1, "quora-train.csv does not exist: see data/README.md"),
     ],
 )

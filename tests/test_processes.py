@@ -60,10 +60,10 @@ def two_ranks(tmp_path_factory):
             import json, sys
             sys.path.insert(0, {str(ROOT)!r})
             import torch
-            from finetune.runtime import LargestBefore, RuntimeConfig, start
+            from finetune.runtime import DelayedMax, RuntimeConfig, start
             runtime = start(RuntimeConfig(precision="fp32"), seed=3)
             runtime.parallel(torch.nn.Linear(2, 2))
-            agree = LargestBefore(runtime)
+            agree = DelayedMax(runtime)
             own = ([0, 0, 9, 1, 0], [0, 7, 0, 2, 0])[runtime.rank]
             found = {{
                 "drawn": runtime.gather([int(torch.randint(2**62, ()))]),

@@ -66,7 +66,7 @@ def read(reader, *args, **options):
 def test_pairs_are_read_or_refused_and_every_line_is_accounted_for(tmp_path, content, headed):
     path = tmp_path / "x"
     path.write_bytes(HEADER.encode() * headed + content)
-    pairs = read(read_pairs, path, labelled=True)
+    pairs = read(read_pairs, path, has_labels=True)
     if pairs is None:
         return
     assert len(pairs.ids) == len(pairs.first) == len(pairs.second) == len(pairs.labels) > 0
@@ -89,7 +89,7 @@ def test_pairs_that_csv_wrote_come_back(tmp_path, rows):
     writer.writerows([str(i), *row] for i, row in enumerate(rows))
     path = tmp_path / "x"
     path.write_bytes(buffer.getvalue().encode())
-    pairs = read_pairs(path, labelled=True)
+    pairs = read_pairs(path, has_labels=True)
     read = list(zip(pairs.ids, pairs.first, pairs.second, map(str, pairs.labels), strict=True))
     plain = [[text.replace("\r\n", "\n") for text in row] for row in rows]
     assert read == [(str(i), *row) for i, row in enumerate(plain)]

@@ -96,7 +96,7 @@ def test_an_adapter_is_not_accepted_on_another_base_of_the_same_name(paraphrase,
     (model / "config.json").write_text(json.dumps(config | {"attn_pdrop": 0.2}))
     done = run_script(PARAPHRASE, tmp_path, *flags, "--predict_only", check=False)
     assert done.returncode == 1
-    assert "does not exist: train first, by the same command" in done.stderr.splitlines()[-1]
+    assert "does not exist: train first, with the same command" in done.stderr.splitlines()[-1]
     other = run_folder(tmp_path) / "reft-checkpoint-500-1-0.002-16-paraphrase.pt"
-    with pytest.raises(UserError, match="has base [0-9a-f]+, this run has 0"):
+    with pytest.raises(UserError, match="has base [0-9a-f]+, but this run has 0"):
         load_adapter(other, torch.nn.Module(), {"base": "0"}, Runtime(torch.device("cpu")))

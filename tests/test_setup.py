@@ -96,10 +96,10 @@ def test_a_terminal_shows_pips_progress(setup):
         ("", "pip install --quiet", "Linux", "pip could not install the packages; .* the network "),
         ("", "-r requirements.txt", "Darwin", "pip could not install the packages; .*the network "),
         ("--test", "tests/requirements.txt", "Linux", "pip could not install .* the network "),
-        ("", "-m venv", "Linux", r"python3 cannot make a virtual environment: .* --no-venv"),
-        ("", "-c import sys", "Linux", "Python 3.10 or newer is needed; name it with PYTHON=/path"),
-        ("--test", "", "MINGW64_NT-10.0-22631", "this shell of Windows cannot run .*: use WSL"),
-        ("--no-venv", "", "CYGWIN_NT-10.0", "this shell of Windows cannot run .*: use WSL"),
+        ("", "-m venv", "Linux", r"python3 cannot create a virtual environment: .* --no-venv"),
+        ("", "-c import sys", "Linux", "Python 3.10 or newer is required; set PYTHON=/path/to/p"),
+        ("--test", "", "MINGW64_NT-10.0-22631", "the project does not run .*; use WSL"),
+        ("--no-venv", "", "CYGWIN_NT-10.0", "the project does not run .*; use WSL"),
     ],
 )
 def test_a_failure_is_said_in_a_sentence(setup, words, fails, system, sentence):

@@ -1,10 +1,10 @@
-"""Training steps of ReFT's interventions beside LoRA's, on sonnets.
+"""Speed of training steps with ReFT's interventions compared with LoRA, on sonnets.
 
     python -m tests.benchmarks.adapters --random gpt2
 
-All take turns on the same batches, with the ranks and dropout that the sonnet scripts have. LoReFT
-comes three times: as it is, without keeping R orthonormal, and with R made orthonormal in every
-forward by PyTorch's own parametrization (Householder reflections).
+All take turns on the same batches, with the sonnet scripts' ranks and dropout. LoReFT is measured
+three times: as is, without keeping R orthonormal, and with R made orthonormal in every forward pass
+by PyTorch's own parametrization (Householder reflections).
 """
 
 import argparse
@@ -41,7 +41,7 @@ FREE, PARAMETRIZED = "loreft, R free", "loreft, R parametrized"
 
 
 def make_model(folder: Path, name: str) -> nn.Module:
-    """GPT-2 with the adapter of that name."""
+    """GPT-2 with the adapter called `name`."""
     gpt = GPT2Model.from_pretrained(folder)
     if name == LORA:
         add_lora(gpt, LoRAConfig(rank=4))
@@ -78,7 +78,7 @@ def make_turn(model: nn.Module, name: str, batches: list, runtime: Runtime) -> C
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_arguments(parser)
-    parser.add_argument("--n", type=int, default=16, help="poems in a turn")
+    parser.add_argument("--n", type=int, default=16, help="poems per turn")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     runtime = start(args.use_gpu, args.precision)

@@ -1,4 +1,4 @@
-"""The four demos: their time and their results, beside what needs no language model.
+"""Time and results of the four demos, with baselines that need no language model.
 
 python -m tests.benchmarks.demos
 """
@@ -23,11 +23,11 @@ from tests.conftest import ROOT
 SCRIPTS = [
     f"{m}_{t}.py" for t in ("paraphrase_detection", "sonnet_generation") for m in ("lora", "reft")
 ]
-WHAT = "`--demo` of"
+WHAT = "script with `--demo`"
 
 
 def demo(script: str, flags: list[str]) -> Row:
-    """A row of the table; the predictions and the run's folder are temporary."""
+    """Run a demo in a temporary folder; returns its row of the table."""
     is_sonnet = "sonnet" in script
     with tempfile.TemporaryDirectory() as folder:
         names = ["sonnet_out"] if is_sonnet else ["para_dev_out", "para_test_out"]
@@ -51,20 +51,20 @@ def result(metrics: dict[str, Any]) -> str:
 
 
 def without_model() -> list[Row]:
-    """What is reached on the dev pairs by counting shared words, and by always answering "no"."""
+    """Dev accuracy of the word-overlap classifier, and of always answering "no"."""
     train, dev = (
-        read_pairs(DATA / f"sample-pairs-{name}.csv", labelled=True) for name in ("train", "dev")
+        read_pairs(DATA / f"sample-pairs-{name}.csv", has_labels=True) for name in ("train", "dev")
     )
     labels = np.array(dev.labels)
     accuracies = [overlap.predict(train, dev) == labels, labels == 0]
     counting, always_no = (cell(float(np.mean(right))) for right in accuracies)
     result = f'dev accuracy {counting} (always "no": {always_no})'
-    return [{WHAT: "counting shared words, no model", "result": result}]
+    return [{WHAT: "word-overlap classifier", "result": result}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="demos", help="of the result file")
+    parser.add_argument("--name", default="demos", help="name of the result file")
     args, flags = parser.parse_known_args()
     rows = [demo(script, flags) for script in SCRIPTS]
     pairs, poems = rows[:2], rows[2:]

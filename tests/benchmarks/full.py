@@ -1,8 +1,8 @@
-"""Fine-tune all weights, to have something to compare adapters with.
+"""Fine-tune all weights, as a baseline for the adapters.
 
     python -m tests.benchmarks.full lora_paraphrase_detection --model_size gpt2-nano --lr 3e-4 ...
 
-This is the LoRA script, with the whole model in the place of the adapter.
+This runs the LoRA script with the whole model in place of the adapter.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def keep_all(gpt: nn.Module, config: Any, folder: Any) -> Any:
-    """In the place of `start_lora`: every weight is trained."""
+    """Replaces `start_lora`: every weight is trained."""
     gpt.requires_grad_(True)
     return config
 

@@ -1,11 +1,11 @@
-"""Tokens per second of sampling: this project, transformers, and a loop without a cache.
+"""Sampling speed in tokens per second: this project, transformers, and a loop without a cache.
 
     python -m tests.benchmarks.generation --random gpt2
 
-All continue the same twelve sonnets by the same number of tokens with temperature 1.2 and top-p
-0.9: ours with a LoRA adapter, as a run has it, and `transformers.generate` with plain weights, as
-if it were merged, in one batch; the last one by one, reading the whole text again for every token,
-as a first implementation does (only a few tokens of it are timed).
+All continue the same twelve sonnets by the same number of tokens at temperature 1.2 and top-p 0.9.
+Ours has a LoRA adapter, as in a run; `transformers.generate` has plain weights, as if LoRA were
+merged. Both use one batch. The loop is a naive implementation that continues one poem at a time and
+runs the model on the whole text for every token; only a few of its tokens are timed.
 """
 
 import argparse
@@ -40,12 +40,12 @@ OURS, THEIRS = "this project, a batch", "transformers.generate, a batch"
 NO_GRAPHS = "this project, no CUDA graphs"
 ONE_BY_ONE = "no cache, one by one"
 NO_LINES = LineCounter(frozenset(), str)
-NEVER = -1  # an end of text that does not come, so that all make the same number of tokens
+NEVER = -1  # an end of text that never occurs, so that all generate the same number of tokens
 FLAGS = {"do_sample": True, "temperature": 1.2, "top_p": 0.9, "top_k": 0, "pad_token_id": 0}
 
 
 def ours(folder: Path, prompts: list[list[int]], n_new: int, runtime: Runtime):
-    """A function that continues all prompts in a batch, this project's way."""
+    """A function that continues all prompts in one batch with this project."""
     gpt = GPT2Model.from_pretrained(folder).eval()
     add_lora(gpt, LoRAConfig(rank=4))
     runtime.prepare(gpt)
@@ -62,7 +62,7 @@ def ours(folder: Path, prompts: list[list[int]], n_new: int, runtime: Runtime):
 
 
 def theirs(model: nn.Module, prompts: list[list[int]], n_new: int, runtime: Runtime):
-    """The same by `transformers.generate`."""
+    """The same with `transformers.generate`."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -77,7 +77,7 @@ def theirs(model: nn.Module, prompts: list[list[int]], n_new: int, runtime: Runt
 
 
 def without_cache(model: nn.Module, prompts: list[list[int]], n_new: int, runtime: Runtime):
-    """Eight tokens in the middle of one text, where their price is the mean of the whole text's."""
+    """Eight tokens in the middle of one text, where the cost per token is the text's average."""
     half = (prompts[0] + prompts[1] * (n_new // 2 // len(prompts[1]) + 1))[: n_new // 2]
 
     @torch.inference_mode()
@@ -94,9 +94,9 @@ def without_cache(model: nn.Module, prompts: list[list[int]], n_new: int, runtim
 def make_peers(
     folder: Path, n_new: int, use_gpu: bool, precision: str
 ) -> dict[str, Callable[[], float]]:
-    """What to call for the tokens/s of each peer."""
+    """For each peer, a function that returns its tokens/s."""
     runtime = start(use_gpu, precision)
-    # In bf16 or fp16 the peers' weights are of that type, as their users load them.
+    # In bf16 or fp16 the peers' weights have that type, as users would load them.
     dtype = runtime.autocast_dtype or torch.float32
     model = hf_model(folder, dtype).eval().to(runtime.device)
     sonnets = read_sonnets(DATA / "sonnets_held_out_dev.txt")

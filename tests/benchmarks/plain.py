@@ -1,8 +1,8 @@
-"""The plain way: GPT-2 with LoRA as one writes it first, every step spelled out and none fused.
+"""GPT-2 with LoRA in plain PyTorch, as one would first write it: all steps explicit, none fused.
 
-Query, key and value are layers of their own, attention makes its matrix of scores, dropout is
-PyTorch's, and every position, padding too, goes through every layer. It takes its weights from one
-of ours, so it is also what a training run of ours is checked against.
+Query, key and value are separate layers, attention materializes its score matrix, dropout is
+PyTorch's, and every position, including padding, goes through every layer. The weights come from
+one of our models, so the tests also check our training against this model.
 """
 
 import math
@@ -17,7 +17,7 @@ from modules.lora import FUSED, LoRALinear
 
 
 class PlainLoRA(nn.Module):
-    """Part `index` of the `n` that one of our LoRA layers consists of."""
+    """Part `index` of the `n` parts of one of our LoRA layers."""
 
     def __init__(self, lora: LoRALinear, index: int = 0, n: int = 1):
         super().__init__()
@@ -66,7 +66,7 @@ class PlainLayer(nn.Module):
 
 
 class PlainParaphrase(nn.Module):
-    """The cloze of `ParaphraseGPT`, from a GPT-2 of ours with LoRA on all layers."""
+    """The cloze of `ParaphraseGPT`, made from our GPT-2 with LoRA on all layers."""
 
     def __init__(self, gpt: GPT2Model, answers: tuple[int, int]):
         super().__init__()

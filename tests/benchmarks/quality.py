@@ -1,12 +1,12 @@
-"""Dev accuracy after the same training: this project beside PEFT, and beside pyreft.
+"""Dev accuracy after the same training: this project compared with PEFT and with pyreft.
 
     python -m tests.benchmarks.quality --train data/quora-train.csv --dev data/quora-dev.csv
     python -m tests.benchmarks.quality --method loreft --seeds 1 2 3 --limit_train 6000 ...
 
 gpt2-nano, batches of 12, a constant learning rate, AdamW. Ours is the script itself. The peer is a
-plain loop over shuffled, padded batches: transformers + PEFT for `lora`, and for `loreft` pyreft's
-intervention at the hook points of our model. The runs are kept in the result file: a program that
-was stopped resumes where it was.
+plain loop over shuffled, padded batches: transformers + PEFT for `lora`, and pyreft's intervention
+at the hook points of our model for `loreft`. Finished runs are kept in the result file, so that a
+stopped benchmark resumes where it left off.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LOREFT = "--reft_type loreft --reft_rank 8 --reft_locations attention"
 METHODS = {  # name -> script, its flags, name of the peer, weight decay
     "lora": ("lora", "--lora_rank 8", "transformers + PEFT", 0.01),
     # Weight decay moves the diagonal of PyTorch's Householder parametrization, which pyreft uses,
-    # off 1, and the cast to int in it then makes R zero.
+    # away from 1, and the parametrization's cast to int then makes R zero.
     "loreft": ("reft", LOREFT, "pyreft", 0.0),
 }
 OURS = "this project"
@@ -62,7 +62,7 @@ def our_run(args: argparse.Namespace, seed: int) -> list[float]:
 
 
 class PyreftHook(nn.Module):
-    """pyreft's LoReFT at a hook point of a GPT2Layer, from the same start as ours: W = R, b = 0."""
+    """pyreft's LoReFT at a hook point of a GPT2Layer, initialized like ours: W = R, b = 0."""
 
     def __init__(self, width: int, rank: int):
         super().__init__()
@@ -79,7 +79,7 @@ class PyreftHook(nn.Module):
 
 
 def make_peer(method: str) -> nn.Module:
-    """The cloze classifier of the other library; `forward` as ParaphraseGPT's."""
+    """The other library's cloze classifier, with the same `forward` as ParaphraseGPT."""
     answers = answer_ids(load_tokenizer(BUNDLED))
     if method == "lora":
         return PeftParaphrase(BUNDLED, answers, rank=8)
@@ -93,10 +93,10 @@ def make_peer(method: str) -> nn.Module:
 def padded_batches(
     path: Path, limit: int, shuffle: bool
 ) -> torch.utils.data.DataLoader[dict[str, Tensor]]:
-    """Batches of pairs as course code makes them."""
+    """Padded batches of pairs, as in the course's code."""
     tokenizer = load_tokenizer(BUNDLED)
     tokenizer.pad_token = tokenizer.eos_token
-    pairs = read_pairs(path, labelled=True, limit=limit)
+    pairs = read_pairs(path, has_labels=True, limit=limit)
     rows = list(zip(pairs.first, pairs.second, pairs.labels, strict=True))
 
     def collate(batch: list[tuple[str, str, int]]) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ def peer_run(args: argparse.Namespace, seed: int) -> list[float]:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> float:
-    """Share of the pairs that are answered as labelled."""
+    """The fraction of pairs that are classified correctly."""
     model.eval()
     right = [
         (model(batch["input_ids"], batch["attention_mask"]).argmax(1) == batch["labels"])
@@ -142,7 +142,7 @@ def accuracy(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> float:
 
 
 def rows_of(found: dict[str, list[list[float]]], peer: str) -> list[Row]:
-    """After each epoch: means, deviations, and the difference of the means in standard errors."""
+    """A row per epoch: means, standard deviations, and the difference in standard errors."""
     rows = []
     for epoch, _ in enumerate(found[OURS][0]):
         values = {name: [run[epoch] for run in runs] for name, runs in found.items()}
@@ -177,8 +177,8 @@ def main() -> None:
                 results.save(name, [], runs=runs)
                 print(key, runs[key], flush=True)
             found[side].append(runs[key])
-    n = {"train": len(read_pairs(args.train, labelled=True, limit=args.limit_train).ids)}
-    n["dev"] = len(read_pairs(args.dev, labelled=True).ids)
+    n = {"train": len(read_pairs(args.train, has_labels=True, limit=args.limit_train).ids)}
+    n["dev"] = len(read_pairs(args.dev, has_labels=True).ids)
     results.save(name, rows_of(found, peer), examples=n, seeds=args.seeds, runs=runs)
 
 

@@ -1,10 +1,10 @@
-"""Results of the benchmarks as files, and the tables of the documents, which are made of them.
+"""Benchmark results as JSON files, and the tables that the documents show of them.
 
     python -m tests.benchmarks.results
 
-puts the table of docs/results/NAME.json into README.md and docs/*.md, where they have a line
-`<!-- docs/results/NAME.json -->`, up to the next `<!-- end -->`. A result has rows, each a value
-by its column, and when, where and by which command it was measured; it may have texts to show.
+writes the table of docs/results/NAME.json into README.md and docs/*.md, between the line
+`<!-- docs/results/NAME.json -->` and the next `<!-- end -->`. A result has rows, which map columns
+to values, and the command, date and machine of the measurement; it may also have texts to show.
 """
 
 import json
@@ -25,13 +25,13 @@ import transformers
 
 from tests.conftest import ROOT
 
-Row = dict[str, Any]  # by column: a text, a number, or [mean, standard deviation]
+Row = dict[str, Any]  # column -> text, number or [mean, standard deviation]
 RESULTS = ROOT / "docs" / "results"
 PLACE = re.compile(r"(<!-- docs/results/([\w-]+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def about() -> dict[str, Any]:
-    """The command that is running, when, where and with what."""
+    """The running command, with date, machine and versions."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
@@ -59,7 +59,7 @@ def cpu_name() -> str:
 
 
 def save(name: str, rows: list[Row], **more: Any) -> None:
-    """Write docs/results/NAME.json, with `more` beside the rows, and print the table."""
+    """Write the rows and `more` to docs/results/NAME.json, and print the table."""
     RESULTS.mkdir(exist_ok=True)
     content = {"about": about(), "rows": rows} | more
     path = RESULTS / f"{name}.json"
@@ -69,13 +69,13 @@ def save(name: str, rows: list[Row], **more: Any) -> None:
 
 
 def load(name: str) -> dict[str, Any]:
-    """What `save` wrote; nothing if it wrote nothing."""
+    """The content of docs/results/NAME.json; empty if there is no such file."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table of the rows, with a column for each that any row has."""
+    """A Markdown table of the rows, with every column that any row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns)]
     lines += [[cell(row.get(column, "")) for column in columns] for row in rows]
@@ -83,7 +83,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: counts and what is large as whole numbers, shares without 0."""
+    """A value as shown in a table: counts and large values without decimals, 0.5 as .500."""
     if isinstance(value, list):
         return " ± ".join(map(cell, value))
     if isinstance(value, str | None):
@@ -95,7 +95,7 @@ def cell(value: Any) -> str:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """By which command, when, where and with what a table was measured, on how many examples."""
+    """The command, date, machine, versions and number of examples of a result."""
     about, counts = result["about"], result.get("examples", {})
     day = date.fromisoformat(about["date"])
     text = (
@@ -112,7 +112,7 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A document with the tables of the result files in their places."""
+    """The document with its tables filled in from the result files."""
 
     def table(place: re.Match) -> str:
         begin, name, end = place.groups()

@@ -1,10 +1,10 @@
-"""All speed on this machine's CPU, beside transformers + PEFT, in one sitting.
+"""Speed on this machine's CPU, compared with transformers + PEFT, in one session.
 
     python -m tests.benchmarks.speed --pairs data/quora-train.csv
 
-Training with LoRA in steps on the same batches, and from the file to the last step (an epoch), with
-the most memory that a process held; generation; the time from the command to the first step. Each
-peer is a process of its own, and they take turns. The machine should have nothing else to do.
+This measures LoRA training, in steps on the same batches and in an epoch from the file to the last
+step, with each process's peak memory; generation; and the time from the command to the first step.
+Each peer is a separate process, and they take turns. The machine should be otherwise idle.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from typing import Any
 from finetune.arguments import DATA
 from tests.benchmarks import generation, results, train_step
 from tests.benchmarks.peers import Worker, find_model, matrix_rate, take_turns
-from tests.benchmarks.results import Row, cell
+from tests.benchmarks.results import Row
 from tests.benchmarks.startup import repeated, seconds_to_first_step
 from tests.benchmarks.train_step import OURS, PEFT, PLAIN_MODULES
 
 SIZES = {"gpt2 size": ["--random", "gpt2"], "gpt2-nano": []}
-STEPS = {("gpt2 size", "paraphrase"): 5, ("gpt2 size", "sonnet"): 3}  # of a turn, else 50
+STEPS = {("gpt2 size", "paraphrase"): 5, ("gpt2 size", "sonnet"): 3}  # per turn, else 50 or 12
 
 
 def training_rows(pairs: Path, size: str, task: str, turns: int, limit: float) -> list[Row]:
-    """A row for steps, and for pairs one for an epoch."""
+    """A row for steps, and for pairs another row for an epoch."""
     steps = STEPS.get((size, task), 50 if task == "paraphrase" else 12)
     n = steps * (12 if task == "paraphrase" else 4)
     words = ["--task", task, "--pairs", str(pairs), "--steps", str(steps), "--n", str(n)]
@@ -37,7 +37,7 @@ def training_rows(pairs: Path, size: str, task: str, turns: int, limit: float) -
         for name in (OURS, PLAIN_MODULES, PEFT):
             workers[name] = Worker(train_step.make_peer, args, folder, name)
             stack.enter_context(contextlib.closing(workers[name]))
-            workers[name].ask("step tokens")  # it answers when it is ready
+            workers[name].ask("step tokens")  # waits until it is ready
         for part in what if task == "paraphrase" else what[:1]:
             rates, columns = train_step.measure(workers, folder, part, turns, limit)
             if task == "sonnet":
@@ -48,11 +48,12 @@ def training_rows(pairs: Path, size: str, task: str, turns: int, limit: float) -
 
 
 def comparison(title: str, rates: dict[str, float], memory: dict[str, float]) -> Row:
-    """This project with and without acceleration, and transformers + PEFT."""
-    ratios = [cell(rates[name] / rates[PEFT]) for name in (OURS, PLAIN_MODULES)]
+    """A row comparing this project, accelerated and not, with transformers + PEFT."""
     return {"LoRA": title} | rates | {
-        f"x {PEFT}": " and ".join(ratios),
-        "MiB, the first and the last": f"{memory[OURS]:,.0f} and {memory[PEFT]:,.0f}",
+        "speedup": rates[OURS] / rates[PEFT],
+        "speedup, plain modules": rates[PLAIN_MODULES] / rates[PEFT],
+        "peak MiB": round(memory[OURS]),
+        f"peak MiB, {PEFT}": round(memory[PEFT]),
     }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def generation_rows(size: str, turns: int) -> Row:
         names = (generation.OURS, generation.THEIRS, generation.ONE_BY_ONE)
         rates = take_turns({name: partial(worker.ask, name) for name in names}, turns)
     ratio = rates[generation.OURS] / rates[generation.THEIRS]
-    return {"12 poems, tokens/s": size} | rates | {"x transformers.generate": ratio}
+    return {"12 poems, tokens/s": size} | rates | {"speedup": ratio}
 
 
 def startup_rows(pairs: Path, n_long: int) -> list[Row]:
@@ -76,7 +77,7 @@ def startup_rows(pairs: Path, n_long: int) -> list[Row]:
             model = find_model(train_step.get_args(words))
             for title, path in files.items():
                 seconds = seconds_to_first_step(path, model)
-                rows.append({"to the first step": f"{size}, {title}", "seconds": seconds})
+                rows.append({"time to first step": f"{size}, {title}", "seconds": seconds})
     return rows
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=Path, default=DATA / "sample-pairs-train.csv")
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--n_long", type=int, default=283_000, help="pairs of a long file")
+    parser.add_argument("--n_long", type=int, default=283_000, help="pairs in the long file")
     args = parser.parse_args()
     limit = matrix_rate(False, "fp32")
     more: dict[str, Any] = {"gflops of a large matrix product": limit / 1e9}

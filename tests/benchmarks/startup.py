@@ -1,10 +1,10 @@
-"""What comes before the first step: pairs from file to batches, and a run from its command on.
+"""Time before the first step: from a file of pairs to batches, and from a command to the step.
 
     python -m tests.benchmarks.startup --random gpt2 --pairs FILE --n 283000
 
-A file of `n` pairs is made by repeating those given. A process of its own reads, tokenizes and
-batches it, and tells how long each took and how its memory grew. Then the script starts, once on
-the file as given and once on the long one, until its bar shows a batch.
+A file of `n` pairs is made by repeating the given ones. A separate process reads, tokenizes and
+batches it, and reports the time of each part and how much its peak memory grew. Then the script
+runs on the given file and on the long one, each time until it reports the memory of a step.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from tests.conftest import ROOT
 
 
 def repeated(pairs: Path, n: int, folder: Path) -> Path:
-    """A file with the usable rows of `pairs` again and again."""
-    rows = read_pairs(pairs, labelled=True)
+    """Write a file of `n` rows that repeats the usable rows of `pairs`."""
+    rows = read_pairs(pairs, has_labels=True)
     rows = list(zip(rows.ids, rows.first, rows.second, rows.labels, strict=True))
     with open(folder / "pairs.csv", "w", encoding="utf-8") as file:
         file.write("id\tsentence1\tsentence2\tis_duplicate\n")
@@ -38,13 +38,13 @@ def repeated(pairs: Path, n: int, folder: Path) -> Path:
 
 
 def make_reader(pairs: Path, folder: Path) -> dict[str, Callable[[], dict[str, float]]]:
-    """In its own process: seconds of each part, and MiB that the peak grew by."""
+    """In a separate process: seconds of each part, and growth of the peak memory in MiB."""
     tokenizer, memory = load_tokenizer(folder), start(False, "fp32").peak_memory_mb
     tokenizer.backend_tokenizer.encode("ready")
 
     def read() -> dict[str, float]:
         times, before = [time.perf_counter()], memory()
-        rows = read_pairs(pairs, labelled=True)
+        rows = read_pairs(pairs, has_labels=True)
         times.append(time.perf_counter())
         data = tokenize_pairs(rows, tokenizer, 512)
         times.append(time.perf_counter())
@@ -58,7 +58,7 @@ def make_reader(pairs: Path, folder: Path) -> dict[str, Callable[[], dict[str, f
 
 
 def seconds_to_first_step(pairs: Path, model: Path, *flags: str) -> float:
-    """From the command to the end of a first forward and backward pass, whose memory is told."""
+    """Time from the command to the end of a first forward and backward pass."""
     with tempfile.TemporaryDirectory() as folder:
         data = ["--para_train", pairs, "--para_dev", pairs, "--para_test", pairs]
         out = ["--para_dev_out", f"{folder}/dev", "--para_test_out", f"{folder}/test"]

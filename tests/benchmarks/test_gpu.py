@@ -1,4 +1,4 @@
-"""The program for a GPU, with gpt2-nano on the CPU and all peers in this process."""
+"""The GPU benchmark, with gpt2-nano on the CPU and all peers in this process."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ class InProcess:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Call `main`; returns what it prints: the tables, and the JSON of the last line."""
+    """Call `main`; returns its output: the tables, and the JSON of the last line."""
     monkeypatch.setattr(gpu, "Worker", InProcess)
     monkeypatch.setattr(gpu, "matrix_rate", lambda use_gpu, precision: 1e11)
     monkeypatch.setattr(gpu, "CASES", [("LoRA", "paraphrase"), ("loreft", "sonnet")])
@@ -56,7 +56,7 @@ def test_all_parts_give_a_table_and_json(run):
     assert (parity, deterministic) == ("Parity with the CPU, float32", "Deterministic")
     for checks in (parity, deterministic):
         assert [(row["adapter"], row["task"]) for row in results[checks]] == gpu.CASES
-    assert max(row["of gradients, relative"] for row in results[parity]) > 0  # of other modules
+    assert max(row["of gradients, relative"] for row in results[parity]) > 0  # the modules differ
     assert speed == ["Training, batch 2", "Decoding", "Training gpt2-large, batch 2"]
     for title in speed:
         *_, reference = results[title]

@@ -1,4 +1,4 @@
-"""Result files, the tables made of them, and how a learning rate is searched for."""
+"""Result files, the tables made from them, and the learning-rate search."""
 
 import json
 
@@ -90,9 +90,9 @@ def test_rows_have_means_deviations_and_their_distance_from_the_best():
         "parameters": 5,
         "lr": "0.001",
         "dev accuracy": [pytest.approx(0.6), pytest.approx(0.1414, abs=1e-4)],
-        "behind the best": "2.2 s.e.",  # 0.25 / (0.1 ** 2 + 0.05 ** 2) ** 0.5
+        "gap to the best": "2.2 s.e.",  # 0.25 / (0.1 ** 2 + 0.05 ** 2) ** 0.5
     }
-    assert rows[1]["behind the best"] == ""
+    assert rows[1]["gap to the best"] == ""
 
 
 def test_what_is_shared_is_counted():

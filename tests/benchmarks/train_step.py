@@ -1,17 +1,17 @@
-"""Training with LoRA on all linear layers: this project, transformers + PEFT, and the plain way.
+"""Training with LoRA on all linear layers: this project, transformers + PEFT, and plain PyTorch.
 
     python -m tests.benchmarks.train_step --random gpt2 --pairs FILE
     python -m tests.benchmarks.train_step --task sonnet --random gpt2
 
-Each is a process of its own; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention and, in
-bf16 or fp16, a base of that type, as its users load it.
+Each is a separate process; they take turns. Dropout 0.1, AdamW, PEFT with sdpa attention and, in
+bf16 or fp16, a base of that type, as users would load it.
 
-paraphrase: rank 8, the logits of the last position only. `step` is training on the same batches,
-ten random ones; `epoch` goes from the file to the last step, with reading and tokenizing.
+paraphrase: rank 8, logits of the last position only. `step` trains on the same ten random batches;
+`epoch` goes from the file to the last step, including reading and tokenizing.
 sonnet: rank 4, the next-token loss, the same batches for both.
 
-The share is of the machine's limit: the rate of a large matrix product, over 4 operations for each
-non-padding token and parameter that is not an embedding.
+The limit is the rate of a large matmul; the percentage of it counts 4 FLOPs for each non-padding
+token and parameter that is not an embedding.
 """
 
 import argparse
@@ -66,7 +66,7 @@ from tests.benchmarks.plain import PlainParaphrase
 Batch = dict[str, Tensor]
 OURS, PEFT, PLAIN = "this project", "transformers + PEFT", "plain PyTorch"
 LOREFT, NO_GRAPHS = "this project, LoReFT", "this project, no CUDA graphs"
-PLAIN_MODULES = "this project, not accelerated"
+PLAIN_MODULES = "this project, plain modules"
 
 
 class PeftParaphrase(nn.Module):
@@ -114,7 +114,7 @@ def our_model(folder: Path, task: str, adapter: LoRAConfig | ReFTConfig) -> nn.M
 
 
 def make_model(args: argparse.Namespace, folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """The model of the peer called `name`, PEFT's with a base of type `dtype`."""
+    """The model of the peer called `name`; PEFT's base model has type `dtype`."""
     if name == PEFT and args.task == "sonnet":
         return PeftSonnet(folder, args.rank, dtype)
     if name == PEFT:
@@ -125,7 +125,7 @@ def make_model(args: argparse.Namespace, folder: Path, name: str, dtype: torch.d
 
 
 def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
-    """Batches that all peers get, `--steps` at most."""
+    """The batches that all peers train on, at most `--steps` of them."""
     n = min(args.n, args.steps * args.batch_size)
     tokenizer = load_tokenizer(folder)
     if args.task == "sonnet":
@@ -143,20 +143,20 @@ def same_batches(args: argparse.Namespace, folder: Path) -> list[Batch]:
             }
             for part in ids.split(args.batch_size)
         ]
-    data = tokenize_pairs(read_pairs(args.pairs, labelled=True, limit=n), tokenizer, 512)
+    data = tokenize_pairs(read_pairs(args.pairs, has_labels=True, limit=n), tokenizer, 512)
     order = np.random.default_rng(0).permutation(len(data))
     return [pair_batch(data, rows) for rows in np.split(order, len(data) // args.batch_size)]
 
 
 def our_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
     """From the file to batches, as in a run."""
-    pairs = read_pairs(args.pairs, labelled=True, limit=args.n)
+    pairs = read_pairs(args.pairs, has_labels=True, limit=args.n)
     data = tokenize_pairs(pairs, load_tokenizer(folder), 512)
     return (batch for batch, _ in PairBatches(data, args.batch_size, seed=0).epoch(0))
 
 
 def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
-    """From the file to batches, as course code and the tokenizer's documentation do it."""
+    """From the file to batches, as in the course's code and the tokenizer's documentation."""
     tokenizer = load_tokenizer(folder)
     tokenizer.pad_token = tokenizer.eos_token
     with open(args.pairs, encoding="utf-8", newline="") as file:
@@ -175,7 +175,7 @@ def usual_epoch(args: argparse.Namespace, folder: Path) -> Iterator[Batch]:
 
 
 def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Callable]:
-    """In its own process: what the peer called `name` can be asked for, rates in examples/s."""
+    """In a separate process: the functions of the peer called `name`, with rates in examples/s."""
     own = name in (OURS, NO_GRAPHS, LOREFT, PLAIN_MODULES)
     if name == PLAIN_MODULES:
         os.environ[SWITCH] = "0"
@@ -215,13 +215,13 @@ def make_peer(args: argparse.Namespace, folder: Path, name: str) -> dict[str, Ca
 
 
 def mean_length(batches: list[Batch]) -> float:
-    """Non-padding tokens of an example."""
+    """Mean number of non-padding tokens per example."""
     masks = [batch["attention_mask"] for batch in batches]
     return sum(int(mask.sum()) for mask in masks) / sum(map(len, masks))
 
 
 def profile(batches: list[Batch], trainer: Trainer, runtime: Runtime) -> str:
-    """Where the time of some steps goes."""
+    """A profile of one training step per batch."""
     with torch.profiler.profile() as profiler:
         for batch in batches:
             trainer.backward(batch, 1)
@@ -236,16 +236,16 @@ def get_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--task", choices=["paraphrase", "sonnet"], default="paraphrase")
     parser.add_argument("--pairs", default=DATA / "sample-pairs-train.csv")
-    parser.add_argument("--n", type=int, help="pairs of an epoch, poems of a turn (600, 40)")
-    parser.add_argument("--steps", type=int, default=10, help="batches of a turn")
-    parser.add_argument("--batch_size", type=int, help="(12 pairs, 4 poems)")
-    parser.add_argument("--rank", type=int, help="of LoRA (8, 4 for sonnets)")
-    parser.add_argument("--length", type=int, help="random prompts of so many tokens, steps only")
-    parser.add_argument("--turns", type=int, default=3, help="of steps; an epoch has one")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for ours")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="for ours")
-    parser.add_argument("--alone", action="store_true", help="this project without the others")
-    parser.add_argument("--profile", action="store_true", help="end with a profile of ours")
+    parser.add_argument("--n", type=int, help="pairs per epoch (600), poems per turn (40)")
+    parser.add_argument("--steps", type=int, default=10, help="batches per turn")
+    parser.add_argument("--batch_size", type=int, help="examples per batch (12 pairs, 4 poems)")
+    parser.add_argument("--rank", type=int, help="LoRA rank (8, 4 for sonnets)")
+    parser.add_argument("--length", type=int, help="random prompts of LENGTH tokens, steps only")
+    parser.add_argument("--turns", type=int, default=3, help="turns of steps; an epoch has one")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our model")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="for our model only")
+    parser.add_argument("--alone", action="store_true", help="measure only this project")
+    parser.add_argument("--profile", action="store_true", help="end with a profile of our model")
     args = parser.parse_args(words)
     sonnet = args.task == "sonnet"
     args.batch_size = args.batch_size or (4 if sonnet else 12)
@@ -258,9 +258,9 @@ def get_args(words: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(
     workers: dict[str, Worker], folder: Path, what: str, turns: int, limit: float
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Examples/s of all peers in turns, and what follows from them.
+    """Examples/s of all peers, measured in turns, and the columns derived from them.
 
-    `limit` is the machine's, in FLOP/s.
+    `limit` is the machine's matmul rate in FLOP/s.
     """
     peers = {name: (lambda w=worker: w.ask(what)) for name, worker in workers.items()}
     rates = take_turns(peers, turns) if what == "step" else {n: f() for n, f in peers.items()}
@@ -282,7 +282,7 @@ def main() -> None:
     names = [OURS] if args.alone else [OURS, PEFT] + [PLAIN] * (args.task == "paraphrase")
     workers = {name: Worker(make_peer, args, folder, name) for name in names}
     for worker in workers.values():
-        worker.ask("step tokens")  # it answers when it is ready
+        worker.ask("step tokens")  # waits until it is ready
     limit = matrix_rate(args.use_gpu, args.precision)
     results = {"gflops_limit": limit / 1e9}
     print(f"{limit / 1e9:,.0f} GFLOP/s in a large matrix product")

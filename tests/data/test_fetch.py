@@ -22,9 +22,9 @@ NOWHERE = "http://127.0.0.1:1"  # no port that anything listens on
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # a revision of the imitated hub
 
 
-def pairs_file(rows: int, labelled: bool = True) -> bytes:
-    lines = ["\tid\tsentence1\tsentence2" + "\tis_duplicate" * labelled]
-    lines += [f"{i}\t{i:x}\tIs it this?\tIs it {i}?" + "\t1.0" * labelled for i in range(rows)]
+def pairs_file(rows: int, has_labels: bool = True) -> bytes:
+    lines = ["\tid\tsentence1\tsentence2" + "\tis_duplicate" * has_labels]
+    lines += [f"{i}\t{i:x}\tIs it this?\tIs it {i}?" + "\t1.0" * has_labels for i in range(rows)]
     return "\n".join(lines).encode() + b"\n"
 
 
@@ -118,7 +118,7 @@ def test_a_file_arrives_whole_and_alone(server, has_ranges, part, faults, ranges
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
-    [(ROWS, ""), (ROWS - 1, "2,999 usable pairs, not 3,000 or more): move it away and run")],
+    [(ROWS, ""), (ROWS - 1, "2,999 usable pairs, expected at least 3,000): move it away and run")],
 )
 def test_an_existing_file_is_checked_and_never_replaced(server, capsys, rows, reason):
     mine = pairs_file(rows)
@@ -145,8 +145,8 @@ def test_a_refusal_keeps_the_part(server, status):
     ("body", "reason"),
     [
         (b"<!DOCTYPE html>\n<title>Sign in</title>\n", "has no column id, sentence1"),
-        (pairs_file(ROWS, labelled=False), "has no column is_duplicate"),
-        (WHOLE[:-9], "2,999 usable pairs, not 3,000 or more"),
+        (pairs_file(ROWS, has_labels=False), "has no column is_duplicate"),
+        (WHOLE[:-9], "2,999 usable pairs, expected at least 3,000"),
         (WHOLE + b"\xff", "is not UTF-8 text"),
         (b"", "has no column id"),
     ],
@@ -179,7 +179,9 @@ def run_python(*words: str, folder, **environment) -> subprocess.CompletedProces
 
 def test_the_command_fetches_the_three_course_files(server, tmp_path):
     (tmp_path / "data").mkdir()
-    files = {name: pairs_file(least, labelled) for name, (labelled, least) in fetch.QUORA.items()}
+    files = {
+        name: pairs_file(least, has_labels) for name, (has_labels, least) in fetch.QUORA.items()
+    }
     server.files = {f"/mirror/{name}": body for name, body in files.items()}
     done = run_python("-m", "data.fetch", "quora", f"{server.url}/mirror/", folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

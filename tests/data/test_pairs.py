@@ -36,7 +36,7 @@ def rows(pairs):
     ids=["course", "whole labels", "unnamed index", "other order", "crlf and blanks", "bom"],
 )
 def test_public_variants_of_the_format_read_the_same(tmp_path, text):
-    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
     assert rows(pairs) == [("a", "One?", "Two?", 1), ("b", "Three?", "Four?", 0)]
     assert pairs.left_out == {}
 
@@ -47,7 +47,7 @@ def test_quotes_line_ends_and_odd_ids_are_kept(tmp_path):
         '7,8\t"first line\nsecond line?"\tB?\t1.0\n'
         "c\u2028d\tWhat\x0bnow?\tC?\t1.0\n"
     )
-    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
     assert rows(pairs) == [
         ("12 ab", '"Is ""x"" odd?"', 'A 12" disc?', 0),
         ("7,8", "first line\nsecond line?", "B?", 1),
@@ -83,7 +83,7 @@ PUBLIC = {  # format -> a file of three pairs, how its columns are taken
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_formats_are_read_and_said(tmp_path, name):
     text, columns = PUBLIC[name]
-    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
     assert rows(pairs) == [
         ("0", 'What is "it", then?', "B?", 0),
         ("1", "first line\nsecond line?", "D, or E?", 1),
@@ -99,16 +99,16 @@ def test_a_quote_is_a_character_in_glues_qqp(tmp_path):
         '1\t3\t4\t"Half a question\n'  # line 3
         '2\t5\t6\tIs it 5"?\t"What is it?\t1\n'
     )
-    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
     expected = [("0", '"What is ""it""?"', "B?", 0), ("2", 'Is it 5"?', '"What is it?', 1)]
     assert rows(pairs) == expected
-    assert "is_duplicate (tab-separated, a quote being a character);" in pairs.summary()
-    assert pairs.left_out == {"a wrong number of fields": [3]}
+    assert "is_duplicate (tab-separated, quotes taken literally);" in pairs.summary()
+    assert pairs.left_out == {"the wrong number of fields": [3]}
 
 
 def test_kaggles_test_file_is_read(tmp_path):
     text = '"test_id","question1","question2"\n0,"A, or\nB?","C?"\n1,"","D?"\n'
-    pairs = read_pairs(write(tmp_path, text), labelled=False)
+    pairs = read_pairs(write(tmp_path, text), has_labels=False)
     assert (pairs.ids, pairs.first) == (["0", "1"], ["A, or\nB?", ""])
     assert "2 pairs from test_id, question1, question2 (comma-separated); kept" in pairs.summary()
 
@@ -127,24 +127,24 @@ def test_every_row_with_an_id_of_a_test_file_is_kept(tmp_path):
         "7\t\tOne?\tTwo?\n"  # line 11
         '8\t"\tTwo?\n'
     )
-    pairs = read_pairs(write(tmp_path, text), labelled=False)
+    pairs = read_pairs(write(tmp_path, text), has_labels=False)
     assert pairs.ids == ["a", "b", "c", "d", "e", "f", "a"]
     assert pairs.first == ["One?", "", "", "One?", "One?", '"One?', "One?"]
     assert pairs.second == ["Two?", "Two?", "", "", "Two?", "Two?", "Two?"]
-    assert pairs.left_out == {"a wrong number of fields": [9, 10, 12], "no id": [11]}
+    assert pairs.left_out == {"the wrong number of fields": [9, 10, 12], "no id": [11]}
     assert pairs.kept == {
         "an empty question": [3, 4, 5],
-        "a wrong number of fields": [5, 6],
-        "quotes that are not those of CSV": [7],
-        "the id of an earlier row": [8],
+        "the wrong number of fields": [5, 6],
+        "invalid CSV quotes": [7],
+        "a duplicate id": [8],
     }
-    assert "; kept 3 with an empty question (line 3, 4, 5); kept 2 with a wro" in pairs.summary()
+    assert "; kept 3 with an empty question (line 3, 4, 5); kept 2 with the wr" in pairs.summary()
 
 
 def test_equal_ids_are_reported_of_labelled_rows_too(tmp_path):
-    pairs = read_pairs(write(tmp_path, HEADER + 2 * "a\tOne?\tTwo?\t1\n"), labelled=True)
+    pairs = read_pairs(write(tmp_path, HEADER + 2 * "a\tOne?\tTwo?\t1\n"), has_labels=True)
     assert pairs.ids == ["a", "a"]
-    assert pairs.summary().endswith("2 pairs; kept 1 with the id of an earlier row (line 3)")
+    assert pairs.summary().endswith("2 pairs; kept 1 with a duplicate id (line 3)")
 
 
 def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
@@ -159,29 +159,29 @@ def test_faulty_rows_are_left_out_counted_and_named(tmp_path):
         "h\tFive?\tSix?\t0.0\n"
         "i\tNo label?\tNone?\t  \n"
     )
-    pairs = read_pairs(write(tmp_path, text), labelled=True)
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
     assert pairs.ids == ["a", "h"]
     assert pairs.left_out == {
         "no label": [3, 10],
-        "a wrong number of fields": [4, 5, 8],
+        "the wrong number of fields": [4, 5, 8],
         "an empty question": [6],
-        "a label other than 0 and 1": [7],
+        "a label other than 0 or 1": [7],
     }
     summary = pairs.summary()
     assert "2 pairs; left out 2 with no label (line 3, 10);" in summary
-    assert "left out 3 with a wrong number of fields (line 4, 5, 8)" in summary
+    assert "left out 3 with the wrong number of fields (line 4, 5, 8)" in summary
 
 
 def test_a_test_file_needs_no_labels_and_ignores_them(tmp_path):
     path = write(tmp_path, "id\tsentence1\tsentence2\na\tOne?\tTwo?\n")
-    assert read_pairs(path, labelled=False).labels == []
+    assert read_pairs(path, has_labels=False).labels == []
     path = write(tmp_path, HEADER + "a\tOne?\tTwo?\t\n")
-    assert read_pairs(path, labelled=False).ids == ["a"]
+    assert read_pairs(path, has_labels=False).ids == ["a"]
 
 
 def test_the_limit_counts_usable_rows(tmp_path):
     text = HEADER + "a\tOne?\tTwo?\t\nb\tOne?\tTwo?\t1\nc\tOne?\tTwo?\t1\nd\tOne?\tTwo?\t1\n"
-    assert read_pairs(write(tmp_path, text), labelled=True, limit=2).ids == ["b", "c"]
+    assert read_pairs(write(tmp_path, text), has_labels=True, limit=2).ids == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_limit_counts_usable_rows(tmp_path):
     [
         (b"id\tsentence1\tis_duplicate\na\tb\t1\n", "no column sentence2"),
         (b"id,sentence1,sentence2,is_duplicate\n", "no usable row"),
-        (b"id;sentence1;sentence2;is_duplicate\n", "no column id, sentence1.*tabs or commas, with"),
+        (b"id;sentence1;sentence2;is_duplicate\n", "no column id, sentence1.*a tab- or comma-sep"),
         (
             b"id,sent0,sent1,is_duplicate\n",
             "no column sentence1, .*with id .*sentence1 or question1",
@@ -207,21 +207,21 @@ def test_an_unusable_file_is_refused_in_one_sentence(tmp_path, content, sentence
     path = tmp_path / "pairs.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match=sentence) as error:
-        read_pairs(path, labelled=True)
+        read_pairs(path, has_labels=True)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        read_pairs(tmp_path / "none.csv", labelled=True)
+        read_pairs(tmp_path / "none.csv", has_labels=True)
 
 
 def test_the_sample_pairs_are_what_their_readme_says():
     questions, groups = {}, set()
     for name, least in (("train", 1200), ("dev", 200), ("test", 200)):
         path = ROOT / "data" / f"sample-pairs-{name}.csv"
-        pairs = read_pairs(path, labelled=name != "test")
+        pairs = read_pairs(path, has_labels=name != "test")
         assert pairs.left_out == {}
         assert len(pairs.ids) >= least
         assert len(set(pairs.ids)) == len(pairs.ids)
@@ -240,4 +240,4 @@ def test_the_courses_own_reader_reads_the_sample_pairs():
             (row["id"], row["sentence1"], row["sentence2"], int(float(row["is_duplicate"])))
             for row in csv.DictReader(file, delimiter="\t")
         ]
-    assert theirs == rows(read_pairs(ROOT / "data" / "sample-pairs-dev.csv", labelled=True))
+    assert theirs == rows(read_pairs(ROOT / "data" / "sample-pairs-dev.csv", has_labels=True))

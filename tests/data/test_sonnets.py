@@ -34,9 +34,9 @@ def test_sonnets_are_read_whatever_the_preamble_and_line_ends(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "has no poem under a number"),
-        ("Title\n\nA line and 1 number\n", "has no poem under a number"),
-        ("1\n\nA line\n\n2\n\n3\nB line\n4\n", "has no line under the number 2, 4"),
+        ("", "has no poems: each must"),
+        ("Title\n\nA line and 1 number\n", "has no poems: each must"),
+        ("1\n\nA line\n\n2\n\n3\nB line\n4\n", "has no text below the number 2, 4"),
     ],
 )
 def test_a_file_without_poems_is_refused(tmp_path, text, sentence):
@@ -124,8 +124,8 @@ def test_another_work_is_left_out_with_a_line_up_to_a_number_that_runs_on(tmp_pa
     poems = read_sonnets(path)
     assert [(poem.number, len(poem.lines)) for poem in poems] == [(126, 14), (127, 14)]
     assert capsys.readouterr().out == (
-        f"{path}, line 17: left out 'THE DARK LADY' and what follows it\n"
-        f"{path}, line 38: left out 'A COMPLAINT' and what follows it\n"
+        f"{path}, line 17: left out 'THE DARK LADY' and the text below it\n"
+        f"{path}, line 38: left out 'A COMPLAINT' and the text below it\n"
     )
 
 
@@ -134,9 +134,9 @@ def test_a_poem_out_of_line_with_the_others_is_named(tmp_path, capsys):
     path = sonnet_file(tmp_path, "".join(f"{n}\n{poem(k)}" for n, k in lengths.items()))
     assert len(read_sonnets(path)) == 9
     assert capsys.readouterr().out == (
-        f"{path}, line 16: poem 98 has 13 lines, most have 14\n"
-        f"{path}, line 46: poem 200 is out of sequence beside 99 and 101\n"
-        f"{path}, line 121: poem 126 is out of sequence beside 104\n"
+        f"{path}, line 16: poem 98 has 13 lines, but most have 14\n"
+        f"{path}, line 46: poem 200 is out of sequence next to 99 and 101\n"
+        f"{path}, line 121: poem 126 is out of sequence next to 104\n"
     )
 
 

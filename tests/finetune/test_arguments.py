@@ -66,4 +66,4 @@ def test_lists_may_have_commas():
 def test_a_misspelt_flag_names_the_nearest(capsys):
     with pytest.raises(SystemExit):
         parsed("--lora_rnak 3")
-    assert "there is no flag --lora_rnak: did you mean --lora_rank?" in capsys.readouterr().err
+    assert "unknown flag --lora_rnak: did you mean --lora_rank?" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_the_same_lines_get_another_poem_each_time(poems_run):
     assert len(set(map(tuple, poems))) == 3
     assert ask.load(run_folder(poems_run), temperature=0.8).write(LINES) == poems[0]
     assert ask.load(run_folder(poems_run), temperature=0.8, seed=5).write(LINES) != poems[0]
-    with pytest.raises(UserError, match="a poem starts from 3 lines, none of them empty"):
+    with pytest.raises(UserError, match="a poem needs 3 non-empty lines to start from"):
         run.write(LINES[:2])
     with pytest.raises(UserError, match=r"SamplingConfig.top_p: 2 is not a number above 0"):
         ask.load(run_folder(poems_run), top_p=2)
@@ -73,9 +73,9 @@ def test_questions_come_as_arguments_or_by_a_pipe(pairs_run, capsys, monkeypatch
     assert answer == ask.load(run_folder(pairs_run)).answer(*questions) + "\n"
     two = "\n".join([*questions, "", *questions, ""])
     assert said(capsys, monkeypatch, runs, stdin=two) == answer * 2
-    with pytest.raises(UserError, match="left over, as this run takes 2 lines at a time: .'one'"):
+    with pytest.raises(UserError, match="this run takes 2 lines at a time; left over: .'one'"):
         said(capsys, monkeypatch, runs, stdin="one")
-    with pytest.raises(UserError, match="--seed are for a run that writes sonnets"):
+    with pytest.raises(UserError, match="--seed are only for runs that write sonnets"):
         said(capsys, monkeypatch, runs, "--seed", "3", "reft-gpt2", *questions)
 
 
@@ -86,14 +86,14 @@ def test_lines_by_a_pipe_become_a_poem(poems_run, capsys, monkeypatch):
 
 
 def test_runs_that_cannot_be_asked_are_refused_by_name(pairs_run, tmp_path):
-    with pytest.raises(UserError, match="there is no finished run in .*: train one"):
+    with pytest.raises(UserError, match="no finished run in .*; train one"):
         ask.load(runs_dir=tmp_path)
-    with pytest.raises(UserError, match="'lora' is no run in .*: reft-gpt2-nano-1"):
+    with pytest.raises(UserError, match="'lora' is not a run in .*: reft-gpt2-nano-1"):
         ask.load("lora", runs_dir=pairs_run / "runs")
     folder = tmp_path / run_folder(pairs_run).name
     shutil.copytree(run_folder(pairs_run), folder)
     (folder / "resume.pt").touch()
-    with pytest.raises(UserError, match="is unfinished: its command with --resume finishes it"):
+    with pytest.raises(UserError, match="is unfinished; repeat its command with --resume"):
         ask.load(folder)
     (folder / "resume.pt").unlink()
     base = tmp_path / "base"

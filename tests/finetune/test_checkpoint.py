@@ -35,7 +35,7 @@ def test_an_adapter_checkpoint_comes_back(lora_gpt, tmp_path):
 def test_checkpoints_that_do_not_fit_are_refused_in_one_sentence(lora_gpt, tmp_path):
     path = tmp_path / "a.pt"
     save_adapter(path, lora_gpt, {"base": "1"})
-    with pytest.raises(UserError, match=r"a.pt has base 1, this run has 2"):
+    with pytest.raises(UserError, match=r"a.pt has base 1, but this run has 2"):
         load_adapter(path, lora_gpt, {"base": "2"}, CPU)
     for content in (
         {"about": Evil(tmp_path / "harm")},

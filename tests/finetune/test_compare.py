@@ -148,7 +148,7 @@ def test_unfinished_runs_are_named_below_the_table(tmp_path, run_compare):
     text = run_compare()
     assert len(rows_of(text)) == 1
     for folder in (begun, resumed):
-        assert f"unfinished (its command with --resume resumes it): {folder.name}\n" in text
+        assert f"unfinished (repeat its command with --resume): {folder.name}\n" in text
 
 
 def test_a_damaged_run_is_named(tmp_path, run_compare):
@@ -168,15 +168,15 @@ def test_a_run_is_found_by_its_name_the_beginning_of_it_or_its_folder(tmp_path, 
     assert len(rows_of(run_compare("reft", other, tmp_path / other, name))) == 2
     with pytest.raises(UserError, match=r"^'lora' begins the names of several runs: lora-gpt2-3-"):
         run_compare("lora")
-    with pytest.raises(UserError, match=f"^'gpt3' is no run in {tmp_path}: lora-gpt2-3-"):
+    with pytest.raises(UserError, match=f"^'gpt3' is not a run in {tmp_path}: lora-gpt2-3-"):
         run_compare("gpt3")
 
 
 def test_without_a_finished_run_one_sentence_says_what_to_do(tmp_path, run_compare):
-    sentence = f"^no finished run in {tmp_path}: train one, for example by python lora_paraphrase_"
+    sentence = f"^no finished run in {tmp_path}; train one first, for example with python lora_"
     with pytest.raises(UserError, match=sentence):
         run_compare()
-    with pytest.raises(UserError, match=f"^'a' is no run in {tmp_path}$"):
+    with pytest.raises(UserError, match=f"^'a' is not a run in {tmp_path}$"):
         run_compare("a")
     command = [sys.executable, "-m", "finetune.compare", "--runs_dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -37,4 +37,4 @@ def test_a_rank_whose_peer_has_gone_says_so(error, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         ending.run(main)
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: another process has gone\n"
+    assert capsys.readouterr().err == "error: another process has exited\n"

@@ -28,9 +28,9 @@ def test_a_link_stays_one(tmp_path):
     assert target.read_text() == "text"
 
 
-@pytest.mark.parametrize(("make", "what"), [("mkdir", "a folder"), ("link", "no regular file")])
+@pytest.mark.parametrize(("make", "what"), [("mkdir", "a folder"), ("link", "not a regular file")])
 def test_what_is_no_file_is_not_written_to(tmp_path, make, what):
     path = tmp_path / "x"
     path.mkdir() if make == "mkdir" else path.symlink_to("/dev/null")
-    with pytest.raises(OSError, match=f"x is {what}, a file is to be written there"):
+    with pytest.raises(OSError, match=f"x cannot be written: it is {what}"):
         check_writable(path)

@@ -99,7 +99,7 @@ def test_a_row_ends_at_its_own_length_and_takes_no_further_work(gpt, monkeypatch
 class FixedShapes(Runtime):
     """A CPU that decodes as a GPU does."""
 
-    decodes_in_fixed_shapes, decodes_by_graphs = True, False
+    decodes_in_fixed_shapes, decodes_with_graphs = True, False
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora", "reft"])
@@ -120,7 +120,7 @@ def test_in_fixed_shapes_greedy_texts_are_the_same(gpt, adapter):
 @pytest.mark.parametrize("error", [None, RuntimeError("not permitted")])
 def test_a_token_by_a_graph_is_a_token_without(gpt, recorder, capsys, error):
     class ByGraphs(FixedShapes):
-        decodes_by_graphs = True
+        decodes_with_graphs = True
 
     made, n_new = recorder(error=error), gpt.config.n_positions - max(map(len, PROMPTS))
     for greedy in (True, False):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune import arguments
-from finetune.identity import MACHINE, NEITHER, PREDICTION, Identity
+from finetune.identity import OTHER_FLAGS, PREDICTION_FLAGS, RUNTIME_FLAGS, Identity
 from models.pretrained import BUNDLED
 from modules.settings import UserError
 from tests.finetune.test_run import ADAPTERS, parsed
@@ -39,7 +39,7 @@ def test_a_new_flag_decides_the_adapter_unless_it_is_listed(method, task):
     decisive |= {"para_train", "para_dev"} if task == "paraphrase" else {"sonnet_path"}
     decisive |= {"import_peft"} if method == "lora" else set()
     own = {flag for flag in flags if flag.startswith(f"{method}_")}
-    assert flags - PREDICTION - MACHINE - NEITHER == decisive | own
+    assert flags - PREDICTION_FLAGS - RUNTIME_FLAGS - OTHER_FLAGS == decisive | own
 
 
 DIFFERENT = ["--seed 2", "--lora_alpha 8", "--lora_targets query value", "--limit_train 20"]

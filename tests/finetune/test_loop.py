@@ -235,7 +235,7 @@ def test_float16_trains_with_a_scaled_loss_and_skips_a_step_that_overflows(gpt):
 class ByGraphs(Runtime):
     """A CPU that trains as a GPU does."""
 
-    trains_by_graphs = True
+    trains_with_graphs = True
 
 
 @pytest.mark.parametrize("grad_accum", [1, 3])
@@ -272,14 +272,14 @@ def test_training_by_graphs_is_training_without(gpt, recorder, grad_accum):
 
 def test_what_is_recorded_nowhere_trains_without_graphs():
     cuda = torch.device("cuda")
-    assert Runtime(cuda).trains_by_graphs
-    assert Runtime(cuda, world_size=2).decodes_by_graphs
-    assert not Runtime(cuda, world_size=2).trains_by_graphs
+    assert Runtime(cuda).trains_with_graphs
+    assert Runtime(cuda, world_size=2).decodes_with_graphs
+    assert not Runtime(cuda, world_size=2).trains_with_graphs
     assert not Runtime(torch.device("cpu")).decodes_in_fixed_shapes
     for flag in ("compile", "gradient_checkpointing", "deterministic", "no_graphs"):
         runtime = Runtime(cuda, config=RuntimeConfig(**{flag: True}))
-        assert not runtime.trains_by_graphs
-        assert runtime.decodes_by_graphs == (flag in ("compile", "gradient_checkpointing"))
+        assert not runtime.trains_with_graphs
+        assert runtime.decodes_with_graphs == (flag in ("compile", "gradient_checkpointing"))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_what_is_recorded_nowhere_trains_without_graphs():
 )
 def test_float16_ends_when_every_step_is_skipped(loss_function):
     model, config = weight_model(), FitConfig(epochs=1, save_every=20)
-    with pytest.raises(UserError, match="step 40: every gradient overflows .* --precision fp32"):
+    with pytest.raises(UserError, match="step 40: all gradients overflow .* --precision fp32"):
         fit(
             model=model,
             loss_function=loss_function,

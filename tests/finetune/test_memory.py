@@ -9,7 +9,7 @@ from torch.distributed import DistBackendError
 from datasets import SonnetBatches, TokenizedSonnet
 from finetune.ending import run
 from finetune.loop import FitConfig, Trainer, report_memory
-from finetune.runtime import LESS_MEMORY, Runtime, RuntimeConfig
+from finetune.runtime import MEMORY_ADVICE, Runtime, RuntimeConfig
 from models.gpt2 import GPT2Model
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
 from modules.adapters import adapter_state
@@ -148,7 +148,7 @@ def test_out_of_memory_says_what_to_lower(error, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(main)
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.startswith(f"error: out of memory: {LESS_MEMORY}")
+    assert capsys.readouterr().err.startswith(f"error: out of memory: {MEMORY_ADVICE}")
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,8 @@ def test_curves_are_described_and_have_the_colors_of_the_page(page):
 def test_the_result_is_said_beside_the_baseline():
     page = Page(report.paraphrase_report(make_record("paraphrase"), make_rows()))
     assert (
-        "Dev accuracy 0.750 , macro F1 0.500, at epoch 2 of 3; always answering “no” gets 0.750 "
-        "of the 4 pairs right." in page.text
+        "Dev accuracy 0.750 , macro F1 0.500, at epoch 2 of 3; always answering “no” would score "
+        "0.750 on the 4 pairs." in page.text
     )
     assert "answer no answer yes label no 2 67% 1 33% label yes 0 0% 1 100%" in page.text
 
@@ -189,35 +189,37 @@ def test_poems_stand_beside_shakespeares_with_their_form():
     assert "12 lines, 5.0 syllables per line, 0% of the pairs rhyme" in page.text
     assert "14 lines, 3.0 syllables per line, 0% of the pairs rhyme" in page.text
     assert "pairs of lines that rhyme 25% 90%" in page.text
-    assert "words copied in a row from training poems 7 7" in page.text
+    assert "longest run of words copied from a training poem 7 7" in page.text
     assert "Validation loss 4.500 nats per token, 4.730 before training" in page.text
 
 
 def test_the_settings_are_said_in_words():
-    adapter, training, cost = report.settings_in_words(make_record("paraphrase"))
+    adapter, training, cost = report.describe_run(make_record("paraphrase"))
     assert (
         adapter
-        == "LoRA of rank 8, alpha 16, dropout 0.1 on query and value in every block of gpt2."
+        == "LoRA with rank 8, alpha 16, dropout 0.1 on query and value in every block of gpt2."
     )
     assert training == (
         "Trained on quora-train.csv: 3 epochs, batch size 12, learning rate 1e-4 (constant, 0% "
         "warm-up), weight decay 0.01, seed 11711."
     )
-    assert cost == "1,327,104 trainable parameters of 125,766,912, 64 s on cpu, 402 MB at most."
+    assert cost == (
+        "1,327,104 of 125,766,912 parameters trained in 64 s on cpu, peak memory 402 MB."
+    )
 
 
 def test_the_settings_name_an_intervention_a_limit_an_early_stop_and_processes():
     record = make_record("sonnet", adapter=REFT, method="reft", processes=2)
     record["arguments"] |= {"limit_train": 1200, "epochs": 1}
-    adapter, training, cost = report.settings_in_words(record)
+    adapter, training, cost = report.describe_run(record)
     assert adapter == (
-        "ReFT (loreft) of rank 4, alpha 16, dropout 0, activation linear, at the prompt's "
+        "ReFT (loreft) with rank 4, alpha 16, dropout 0, activation linear, at prompt "
         "positions f2+l2 after attention in blocks 0 and 3 of gpt2."
     )
     assert "the first 1,200 examples of sonnets.txt: 1 epoch, batch" in training
-    assert "on cpu in 2 processes" in cost
+    assert "on cpu with 2 processes" in cost
     record["arguments"]["epochs"] = 10
-    assert report.settings_in_words(record)[1].endswith(" It stopped early, after epoch 3.")
+    assert report.describe_run(record)[1].endswith(" Training stopped early, after epoch 3.")
 
 
 def test_an_unfinished_training_and_an_imported_adapter_have_pages_and_pictures_too():
@@ -226,7 +228,7 @@ def test_an_unfinished_training_and_an_imported_adapter_have_pages_and_pictures_
     unfinished["history"] = unfinished["history"][1:2]
     page = Page(report.paraphrase_report(unfinished, make_rows()))
     assert "at epoch 2 of 3" in page.text
-    assert "The training is unfinished; this is its best epoch so far." in page.text
+    assert "Training is unfinished; this is the best epoch so far." in page.text
     for imported in (make_record("paraphrase"), make_record("sonnet")):
         imported["history"] = [{"epoch": 0, "is_best": True}]
         imported["final"].pop("val_loss_before_training", None)
@@ -250,11 +252,11 @@ def test_the_picture_shows_curves_the_best_epoch_and_the_counts(drawn):
     assert (list(training), list(dev), best[0]) == ([0.7, 0.5, 0.4], [0.65, 0.55, 0.6], 0)
     (star,) = (line for line in scores.lines if line.get_marker() == "*")
     assert (list(star.get_xdata()), list(star.get_ydata())) == ([2], [0.75])
-    assert losses.get_xlabel() == "epoch; 2 is the best"
-    assert scores.get_xlabel() == "epoch; 2 is the best, 0.75"
+    assert losses.get_xlabel() == "epoch; best: 2"
+    assert scores.get_xlabel() == "epoch; best: 2 (0.75)"
     assert [text.get_text() for text in scores.legend_.texts] == ["accuracy", "macro F1"]
     assert [text.get_text() for text in matrix.texts] == ["2\n67%", "1\n33%", "0\n0%", "1\n100%"]
-    assert drawn[0].get_suptitle() == "gpt2, LoRA of rank 8, learning rate 1e-4, seed 11711"
+    assert drawn[0].get_suptitle() == "gpt2, LoRA, rank 8, learning rate 1e-4, seed 11711"
 
 
 def test_a_run_of_one_epoch_has_one_tick(drawn):

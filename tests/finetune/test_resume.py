@@ -176,7 +176,7 @@ def test_a_resume_file_is_used_when_wanted_and_of_the_same_run_alone(hf_folder, 
         run.start(stop_at(5))
     with pytest.raises(UserError, match="is an unfinished run of this command: --resume resumes"):
         run.start(wanted=False)
-    with pytest.raises(UserError, match=r"of a run with --lr 0.01, here it is 0.02: give"):
+    with pytest.raises(UserError, match="saved when --lr was 0.01, but now it is 0.02: use"):
         ResumeFile.open(run.path, {"--lr": "0.02"}, True, CPU)
     whole = torch.load(run.path, weights_only=True)
     state, own = whole["state"], whole["state"]["ranks"][0]

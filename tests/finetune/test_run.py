@@ -74,7 +74,7 @@ def test_an_unfinished_run_asks_what_to_do(opened):
     with pytest.raises(UserError, match="unfinished .* --resume resumes it, --overwrite starts"):
         opened()
     assert opened("--resume").resume.state == {"steps": 3}
-    with pytest.raises(UserError, match="with --gradient_checkpointing False, here it is True"):
+    with pytest.raises(UserError, match="--gradient_checkpointing was False, but now it is True"):
         opened("--resume", "--gradient_checkpointing")
     assert opened("--overwrite").resume.state is None
 
@@ -124,11 +124,11 @@ def test_the_same_run_in_a_second_process_is_refused(opened, tmp_path):
 
 def test_a_folder_in_place_of_an_output_is_refused_before_the_run(tmp_path):
     args = parsed("--runs_dir", tmp_path, "--para_test_out", tmp_path)
-    with pytest.raises(OSError, match="is a folder, a file is to be written there"):
+    with pytest.raises(OSError, match="cannot be written: it is a folder"):
         Run.open(vars(args), task="paraphrase", adapter=LoRAConfig(), runtime=CPU)
 
 
 def test_a_record_without_what_runs_write_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"name": "a", "final": {}}')
-    with pytest.raises(UserError, match="run.json has no adapter, arguments, base, .*: it was dam"):
+    with pytest.raises(UserError, match="run.json has no adapter, arguments, base, .*: it is dam"):
         read_record(tmp_path)

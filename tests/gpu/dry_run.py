@@ -1,6 +1,6 @@
-"""The training and decoding steps of the scripts on a GPU that is not there.
+"""The scripts' training and decoding steps, run on fake CUDA tensors without a GPU.
 
-`main` runs in a process of its own, which has loaded cuda_stub.so; it prints a JSON object.
+`main` runs in a separate process, which has loaded cuda_stub.so, and prints a JSON object.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ SMALL, GPT2 = (64, 2, 2), SIZES["gpt2"]  # width, layers, heads
 
 @dataclass(frozen=True)
 class Case:
-    """A script's step: its task, its adapter, and the flags that change what runs."""
+    """A training step of a script: task, adapter, and the flags that change what it computes."""
 
     task: str = "paraphrase"
     adapter: str = "lora"
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Task, adapter, precision, and what differs from the scripts' defaults."""
+        """Task, adapter, precision, and any other setting that differs from the default."""
         default = Case()
         return " ".join(
             str(value) if isinstance(value, str) else f"{key}={value}"
@@ -78,11 +78,11 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "mixes devices": lambda loss: (loss + torch.ones(3)).sum(),
 }
 ANSWERS = (3919, 8505)
-NO_GRAPHS = RuntimeConfig(no_graphs=True)  # there is nothing to record them
+NO_GRAPHS = RuntimeConfig(no_graphs=True)  # they need a GPU to be recorded
 
 
 def host_batch(task: str) -> dict[str, Tensor]:
-    """Rows of different lengths, as many as the scripts have in a batch."""
+    """A batch on the host, as large as the scripts' batches, with rows of different lengths."""
     if task == "sonnet":
         return sonnet_batch([TokenizedSonnet([1] * length, 30) for length in (130, 155, 140, 120)])
     lengths = np.arange(33, 45)  # 12 rows
@@ -98,7 +98,7 @@ def host_batch(task: str) -> dict[str, Tensor]:
 
 
 def make_gpt(adapter: str, size: tuple[int, int, int], positions: str = "all") -> GPT2Model:
-    """A GPT-2 of fake weights on the device."""
+    """A GPT-2 with fake weights on the device."""
     with CUDA:
         gpt = GPT2Model(GPT2Config(50257, 1024, *size))
         if adapter == "lora":
@@ -111,9 +111,9 @@ def make_gpt(adapter: str, size: tuple[int, int, int], positions: str = "all") -
 def train(
     model: nn.Module, loss: Callable[..., Tensor], batch: dict[str, Tensor], case: Case
 ) -> dict:
-    """The faults of a step; at gpt2's size of two, and the kernels of the second.
+    """The faults of a training step, and the number of kernels that it launches.
 
-    All later ones are like the second: the first makes the optimizer's state.
+    At gpt2 size the second step is counted, because the first creates the optimizer's state.
     """
     faults = set()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-4, eps=1e-6, fused=True)
@@ -130,14 +130,14 @@ def train(
         faults |= kernels.copied_to_host
     if "labels" in batch and not case.checkpointing:
         batch = runtime.to_device(batch)
-        with Kernels() as recorded:  # what a CUDA graph holds
+        with Kernels() as recorded:  # what a CUDA graph would record
             trainer.loss_and_gradients(torch.ones((), device=CUDA), **batch)
         faults |= recorded.copied_to_host | recorded.copied_from_host
     return {"launches": kernels.launched, "faults": sorted(faults)}
 
 
 def our_step(case: Case, change: Callable[[Tensor], Tensor] = lambda loss: loss) -> dict:
-    """A training step of this project, with a change to its loss."""
+    """A training step of this project, with `change` applied to its loss."""
     batch = host_batch(case.task)
     with fake_cuda() as mode:
         gpt = make_gpt(case.adapter, case.size, case.positions)
@@ -189,11 +189,11 @@ def peft_sonnet_loss(peer: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class Enough(Exception):
-    """Raised to end a generation."""
+    """Raised to stop generating."""
 
 
 def a_token(adapter: str) -> dict:
-    """What `generate` does for the third token of 12 rows: kernels, and reads by the host."""
+    """Kernels and host reads of `generate` for the third token of 12 rows."""
     counter = LineCounter(frozenset(), lambda ids: "")
     sequences = [Sequence([1] * 30, (row,), 100, counter) for row in range(12)]
     kernels, marks, reads = Kernels(), [(0, 0)], []
@@ -202,14 +202,14 @@ def a_token(adapter: str) -> dict:
         reads.append(tensor)
         return np.zeros(tensor.shape, dtype=int).tolist()
 
-    def nonzero(tensor: Tensor) -> Tensor:  # of the mask of the prompts, which is all ones
+    def nonzero(tensor: Tensor) -> Tensor:  # the prompts' mask is all ones
         return torch.arange(tensor.numel(), device=tensor.device)[:, None]
 
     def mark(gpt: nn.Module, inputs: object) -> None:
         marks.append((kernels.launched, len(reads)))
         if len(marks) > 4:
             raise Enough
-        kernels.copied_from_host.clear()  # such as random numbers for all tokens
+        kernels.copied_from_host.clear()  # such as the random numbers for all tokens
 
     fakes = mock.patch.multiple(FakeTensor, tolist=tolist, nonzero=nonzero)
     with fake_cuda(), fakes, contextlib.suppress(Enough):
@@ -226,9 +226,9 @@ def a_token(adapter: str) -> dict:
 
 @torch.no_grad()
 def hf_token() -> dict:
-    """What `transformers` launches for the third token of 12 rows, sampled as by `a_token`.
+    """Kernels that `transformers` launches for the third token of 12 rows, sampled as in `a_token`.
 
-    `generate` itself reads values on the way, which a dry run has not.
+    Its own `generate` cannot run here, because it reads values, which fake tensors do not have.
     """
     import transformers
 
@@ -256,7 +256,7 @@ def hf_token() -> dict:
 
 
 def attempt(step: Callable[..., dict], *arguments: object) -> dict:
-    """The step's report, or its error, such as of mixed devices or of a value that is read."""
+    """The step's report, or its error, for example for mixed devices or for reading a value."""
     try:
         return step(*arguments)
     except Exception as error:
@@ -265,7 +265,7 @@ def attempt(step: Callable[..., dict], *arguments: object) -> dict:
 
 
 def main() -> None:
-    """Print the reports of all cases by their names, as the last line."""
+    """Print the reports of all cases by name, as the last line."""
     torch.set_num_threads(1)
     reports = {case.name: attempt(our_step, case) for case in CASES}
     reports |= {name: attempt(our_step, case) for name, case in STEPS.items()}

@@ -1,4 +1,4 @@
-"""Tensors of device cuda without a GPU: shapes, types and devices of a program, but no values."""
+"""Fake CUDA tensors, for machines without a GPU: shapes, dtypes and devices, but no values."""
 
 import contextlib
 import importlib.util
@@ -27,7 +27,7 @@ NO_KERNEL = (
 def build_stub(compiler: str, folder: Path) -> Path:
     """Compile cuda_stub.cpp, which a process must load before it imports PyTorch.
 
-    Only a PyTorch without CUDA needs it: the other has the guard, and FakeTensorMode replaces it.
+    Only a PyTorch without CUDA needs it; with CUDA, FakeTensorMode replaces PyTorch's own guard.
     """
     root = Path(importlib.util.find_spec("torch").origin).parent
     source, library = Path(__file__).with_name("cuda_stub.cpp"), folder / "cuda_stub.so"
@@ -38,9 +38,9 @@ def build_stub(compiler: str, folder: Path) -> Path:
 
 
 class Kernels(TorchDispatchMode):
-    """Counts kernels launched on the device, and copies from it, for which the host waits.
+    """Counts kernels launched on the device, and records copies to and from the host.
 
-    What is one kernel here may be two on a GPU, as a `cat` of many tensors is.
+    One kernel here may be several on a GPU, for example in a `cat` of many tensors.
     """
 
     def __init__(self):
@@ -52,7 +52,7 @@ class Kernels(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         inputs, outputs = (_devices(tree) for tree in ((args, kwargs), out))
-        has_host_input = "cpu" in _devices((args, kwargs), least_dim=1)  # a number is no copy
+        has_host_input = "cpu" in _devices((args, kwargs), least_dim=1)  # scalars are not copied
         if "cuda" in inputs and "cpu" in outputs:
             self.copied_to_host.add(f"{func} copies to the host")
         if "cuda" in outputs and has_host_input:
@@ -70,7 +70,7 @@ def _devices(tree: object, least_dim: int = 0) -> set[str]:
 
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Within, device cuda works for fake tensors; mixed devices and reads of values raise."""
+    """Makes device cuda work for fake tensors; mixing devices or reading a value raises."""
     with contextlib.ExitStack() as stack:
 
         def patch(owner: object, name: str, value: object) -> None:
@@ -80,7 +80,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch(torch.Tensor, "pin_memory", lambda self: self)
         patch(nn.Module, "to", _buffers_to)
-        for check in ("native_dropout_works", "lora_matmul_works"):  # by values
+        for check in ("native_dropout_works", "lora_matmul_works"):  # they compare values
             patch(kernels, check, lambda device: True)
         patch(F, "scaled_dot_product_attention", _attention)
         patch(CausalSelfAttention, "scaled_dot_product_attention", staticmethod(_attention))
@@ -88,7 +88,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
 
 
 def _buffers_to(model: nn.Module, device: torch.device, dtype: object = None) -> nn.Module:
-    """`Module.to` cannot replace fake parameters, so they must be made on the device."""
+    """Replaces `Module.to`, which cannot move fake parameters; these must be on the device."""
     for module in model.modules():
         assert {p.device.type for p in module.parameters(recurse=False)} <= {device.type}
         for name, buffer in module.named_buffers(recurse=False):
@@ -105,7 +105,7 @@ def _attention(
     is_causal: bool = False,
     **rest: object,
 ) -> Tensor:
-    """The kernels that a GPU would choose; PyTorch itself chooses by the GPU that it finds."""
+    """The kernels PyTorch would choose on a GPU; its own choice depends on the GPU it finds."""
     if attn_mask is None and query.dtype != torch.float32:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal)[0]

@@ -1,8 +1,8 @@
-"""How many operations a training step and a decoded token launch, counted without a GPU.
+"""Operations launched by a training step and by a decoded token, counted without a GPU.
 
     python -m tests.gpu.launches
 
-The tests fail if a count is larger than in docs/results/launches.json, which this writes.
+The tests fail if a count exceeds that in docs/results/launches.json, which this script writes.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.gpu.fake_cuda import build_stub
 
 HF_TOKEN = "transformers: a token"
-# Each row: what is counted, the report of ours, and the one of its peer in `dry_run`.
+# Each row: what is counted, the name of our report in `dry_run`, and that of the peer's.
 ROWS = [
     ("training step, 12 pairs, LoRA rank 8", "pairs, LoRA", "PEFT: pairs, LoRA"),
     ("training step, 12 pairs, ReFT adapter", "pairs, ReFT adapter", None),
@@ -36,7 +36,7 @@ WHAT, OURS, THEIRS = "operations at gpt2 size, bf16", "this project", "transform
 
 
 def can_run() -> bool:
-    """A PyTorch without CUDA needs a compiler, for a stub of its devices."""
+    """A PyTorch without CUDA needs a compiler, to build a stub of its CUDA devices."""
     return torch.version.cuda is not None or compiler() is not None
 
 
@@ -45,7 +45,7 @@ def compiler() -> str | None:
 
 
 def dry_run() -> dict[str, dict[str, Any]]:
-    """What `dry_run.main` prints, in a process of its own: the stub is loaded before PyTorch."""
+    """The reports of `dry_run.main`, run in a process that loads the stub before PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
         load = ""
         if torch.version.cuda is None:

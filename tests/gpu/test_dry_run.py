@@ -1,4 +1,4 @@
-"""Training and decoding on a GPU that is not there: devices, types, waits, and kernels launched."""
+"""Training and decoding on fake CUDA tensors: devices, dtypes, host syncs and kernel launches."""
 
 import pytest
 
@@ -6,14 +6,14 @@ from tests.benchmarks import results
 from tests.gpu.dry_run import CASES, PEERS, TOKENS
 from tests.gpu.launches import HF_TOKEN, OURS, ROWS, WHAT, can_run, dry_run
 
-BUDGETS = {row[WHAT]: row[OURS] for row in results.load("launches")["rows"]}  # may only fall
+BUDGETS = {row[WHAT]: row[OURS] for row in results.load("launches")["rows"]}  # may only decrease
 
 
 @pytest.fixture(scope="module")
 def reports():
-    """The reports of a dry run by their names."""
+    """The reports of a dry run by name."""
     if not can_run():
-        pytest.skip("a PyTorch without CUDA needs a C++ compiler for a stub of its devices")
+        pytest.skip("a PyTorch without CUDA needs a C++ compiler, to build a stub of its devices")
     return dry_run()
 
 

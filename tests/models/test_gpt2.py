@@ -172,11 +172,11 @@ def test_each_dropout_is_in_use(gpt, where):
 
 
 def test_more_tokens_than_positions_are_refused(gpt):
-    with pytest.raises(ValueError, match="65 tokens given, the model has 64 positions"):
+    with pytest.raises(ValueError, match="65 tokens given, but the model has 64 positions"):
         gpt(torch.zeros(1, 65, dtype=torch.long))
     cache = KVCache(3, 1, size=80)
     gpt(torch.zeros(1, 60, dtype=torch.long), cache=cache)
-    with pytest.raises(ValueError, match="65 tokens given, the model has 64 positions"):
+    with pytest.raises(ValueError, match="65 tokens given, but the model has 64 positions"):
         gpt(torch.zeros(1, 5, dtype=torch.long), cache=cache)
 
 

@@ -58,7 +58,7 @@ def test_fifty_steps_are_those_of_the_plain_way(library, nano_tokenizer):
     """Everything that makes our step quick, against an implementation that has none of it."""
     gpt, answers = GPT2Model.from_pretrained(BUNDLED), answer_ids(nano_tokenizer)
     add_lora(gpt, LoRAConfig(dropout=0.0))
-    pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", labelled=True, limit=200)
+    pairs = read_pairs(ROOT / "data" / "sample-pairs-train.csv", has_labels=True, limit=200)
     batches = PairBatches(tokenize_pairs(pairs, nano_tokenizer, 512), 4, seed=0)
     losses = []
     for model in (PlainParaphrase(gpt, answers), ParaphraseGPT(gpt, answers)):

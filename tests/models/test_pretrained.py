@@ -79,7 +79,7 @@ def test_a_task_head_is_left_out_and_named(hf_model, tmp_path, expected, capsys,
     model.save_pretrained(tmp_path)
     assert torch.allclose(logits(GPT2Model.from_pretrained(tmp_path)), expected, atol=1e-5)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{tmp_path}: left out the task head, {TASK_HEADS[architecture]}")
+    assert line.startswith(f"{tmp_path}: ignored the task head, {TASK_HEADS[architecture]}")
 
 
 def test_other_names_of_the_configuration_are_those_of_transformers(hf_folder, tmp_path):
@@ -152,7 +152,7 @@ BROKEN = {
     "activation_function is 'relu'": lambda d: edit_config(d, activation_function="relu"),
     "tie_word_embeddings is False": lambda d: edit_config(d, tie_word_embeddings=False),
     "model_type is 'llama'": lambda d: edit_config(d, model_type="llama"),
-    "n_embd 32 is no multiple of n_head": lambda d: edit_config(d, n_head=5),
+    "n_embd 32 is not a multiple of n_head": lambda d: edit_config(d, n_head=5),
     "is not JSON": lambda d: (d / "config.json").write_text("{"),
     "it has no config.json": lambda d: (d / "config.json").unlink(),
     "has no weights": lambda d: (d / "model.safetensors").unlink(),
@@ -210,7 +210,7 @@ def test_a_model_in_the_hugging_face_cache_needs_no_network(
     done = run_offline(code, **unusable)
     assert done.stdout == "32\n", done.stderr
     (snapshot / name).unlink()
-    assert "give the folder of a GPT-2" in run_offline(code, **unusable).stderr
+    assert "pass the folder of a GPT-2" in run_offline(code, **unusable).stderr
 
 
 def test_gpt2_from_the_hub_equals_transformers():
@@ -257,7 +257,7 @@ def test_a_hub_out_of_reach_is_reported_within_seconds(tmp_path, kind):
     done = run_offline(code, HF_HOME=str(tmp_path), **UNREACHABLE[kind])
     (line,) = done.stdout.splitlines()
     assert line.startswith("gpt2 is not in the Hugging Face cache and could not be fetched")
-    assert "give the folder of a GPT-2 checkpoint (--model_path)" in line
+    assert "pass the folder of a GPT-2 checkpoint (--model_path)" in line
     assert time.monotonic() - started < 60  # the hub's own retries alone take 24 s a file
 
 
@@ -344,7 +344,7 @@ def test_the_bundled_checkpoint_is_as_good_as_its_card_says():
 def test_a_git_lfs_pointer_is_named(tmp_path, name):
     transformers.GPT2Config().save_pretrained(tmp_path)
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
-    with pytest.raises(UserError, match="a Git LFS pointer.* git lfs pull fetches"):
+    with pytest.raises(UserError, match="a Git LFS pointer.* run git lfs pull"):
         GPT2Model.from_pretrained(tmp_path)
 
 

@@ -318,13 +318,13 @@ REFUSED = {
         lambda d: ((d / "vocab.json").unlink(), (d / "tokenizer.model").touch()),
         "has no tokenizer: vocab.json is missing",
     ),
-    "unigram": (other_model(models.Unigram([("<unk>", 0.0)], 0)), "it is no byte-level BPE$"),
+    "unigram": (other_model(models.Unigram([("<unk>", 0.0)], 0)), "it is not a byte-level BPE$"),
     "metaspace": (
         other_model(models.BPE({"a": 0}, [])),
-        "no byte-level BPE that keeps the ends of",
+        "not a byte-level BPE that preserves line",
     ),
     "wordpiece": (wordpiece, "the tokenizer in .* cannot be used"),
-    "own code": (own_code, "names code of its own .*, which is never run"),
+    "own code": (own_code, "refers to custom code .*, which is never run"),
     "damaged": (lambda d: (d / "tokenizer.json").write_text('{"version": "1.0"'), "cannot be used"),
     "damaged configuration": (
         lambda d: (d / "tokenizer_config.json").write_text("["),
@@ -332,9 +332,9 @@ REFUSED = {
     ),
     "more tokens than embeddings": (
         lambda d: edit_json(d / "vocab.json", more=8192),
-        "has 8,193 tokens, the model embeddings for 8,192",
+        "has 8,193 tokens, and the model has embeddings for 8,192",
     ),
-    "few tokens": (few_tokens, "has 3 tokens, the model embeddings for 8,192"),
+    "few tokens": (few_tokens, "has 3 tokens, and the model has embeddings for 8,192"),
 }
 
 

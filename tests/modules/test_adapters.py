@@ -63,7 +63,7 @@ def test_saved_state_comes_back_and_is_a_copy(gpt):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"rank": 4}, r"lora_A is \[12, 32\] in the file and \[24, 32\]"),
+        ({"rank": 4}, r"lora_A is \[12, 32\] in the file but \[24, 32\]"),
         ({"layers": (0,)}, "missing"),
     ],
 )

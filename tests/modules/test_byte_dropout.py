@@ -71,4 +71,4 @@ def test_native_dropout_is_checked_in_both_directions(monkeypatch, capsys):
     ops = mock.Mock(native_dropout_backward=lambda grad, mask, scale: grad * mask)  # no scale
     monkeypatch.setattr(byte_dropout.torch.ops, "aten", ops)
     assert not check(torch.device("cpu"))
-    assert "running without its own LoRA backward" in capsys.readouterr().out
+    assert "running without the custom LoRA backward" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from modules.kernels import (
 )
 from modules.lora import LoRAConfig, LoRALinear, add_lora
 from modules.next_token_loss import NextTokenLoss
-from modules.onednn import matmul, onednn_leads, onednn_works
+from modules.onednn import matmul, onednn_works, prefer_onednn
 from tests.conftest import ROOT
 from tests.models.test_gpt2 import with_unused_rows
 
@@ -77,7 +77,7 @@ def test_an_operator_that_is_absent_or_wrong_is_left_out_with_a_line(
     monkeypatch.setattr(kernels, "attention_backward_works", uncached)
     for module in (kernels, onednn):
         monkeypatch.setattr(module, "onednn_works", onednn_works.__wrapped__)
-    monkeypatch.setattr(onednn, "onednn_leads", onednn_leads.__wrapped__)
+    monkeypatch.setattr(onednn, "prefer_onednn", prefer_onednn.__wrapped__)
     accelerate(gpt)
     assert capsys.readouterr().out.count("running without") == 1
     assert torch.allclose(gpt(ids)["last_token"], expected, atol=1e-5)

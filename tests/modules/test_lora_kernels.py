@@ -65,7 +65,7 @@ def test_the_fast_way_is_checked_on_a_device(monkeypatch, capsys):
     assert check(torch.device("cpu"))
     monkeypatch.setattr(lora_kernels, "scaled_bmm", lambda x, y, scale: right(x, y, 1.0))
     assert not check(torch.device("cpu"))
-    assert "running without its own LoRA backward" in capsys.readouterr().out
+    assert "running without the custom LoRA backward" in capsys.readouterr().out
 
 
 class Casts(TorchDispatchMode):

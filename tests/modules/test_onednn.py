@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modules import onednn
-from modules.onednn import add_matmul, matmul, onednn_leads, onednn_works
+from modules.onednn import add_matmul, matmul, onednn_works, prefer_onednn
 from tests.modules.test_kernels import fast_linear, prepacks
 
 
@@ -58,7 +58,7 @@ def test_gradients_of_a_linear_layer_are_those_of_f_linear(library, trains, bias
 
 @prepacks
 def test_onednn_takes_large_float32_matmuls_and_no_others(monkeypatch):
-    monkeypatch.setattr(onednn, "onednn_leads", lambda: True)
+    monkeypatch.setattr(onednn, "prefer_onednn", lambda: True)
     counted = []
     monkeypatch.setattr(onednn.F, "linear", lambda x, *_: counted.append(len(x)))
     large, W = torch.randn(400, 200), torch.randn(100, 200)
@@ -78,7 +78,7 @@ def test_onednn_leads_on_amds_cpus_with_avx512_alone(monkeypatch):
     def leads(name: str, capability: str) -> bool:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        return onednn_leads.__wrapped__()
+        return prefer_onednn.__wrapped__()
 
     assert leads("AMD EPYC", "AVX512") == works
     assert not leads("AMD EPYC", "AVX2")

@@ -34,7 +34,7 @@ def test_rows_are_closed_up_and_come_back_in_place(mask):
     last = [int(ids[is_token][-1]) for ids, is_token in zip(IDS, mask.bool(), strict=True)]
     assert tokens[layout.last].tolist() == last
     assert torch.equal(layout.to_tokens(rows), tokens + 1)
-    assert torch.equal(layout.in_place(tokens + 1), (IDS + 1) * mask)
+    assert torch.equal(layout.to_input_shape(tokens + 1), (IDS + 1) * mask)
 
 
 def test_an_index_with_padding_positions_at_its_end_is_the_same_layout():

@@ -233,7 +233,7 @@ def test_all_is_every_position():
     "text", ["", "f", "f0", "l0", "f0+l0", "l1+f1", "f1l1", "f1+", "+l1", "f-1", "x"]
 )
 def test_other_positions_are_refused(text):
-    with pytest.raises(UserError, match=r"allowed are all, fN\+lM, fN and lM"):
+    with pytest.raises(UserError, match=r"must be all, fN\+lM, fN or lM, not"):
         ReFTConfig(positions=text)
 
 
@@ -254,7 +254,7 @@ def test_other_settings_are_refused(settings, sentence):
 
 
 def test_a_rank_above_the_width_is_refused_as_its_rows_cannot_be_orthonormal(gpt):
-    with pytest.raises(UserError, match="rank 33 is more than the model's width, 32"):
+    with pytest.raises(UserError, match="rank 33 exceeds the model's width, 32"):
         add_reft(gpt, ReFTConfig("loreft", rank=33))
 
 
