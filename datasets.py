@@ -127,7 +127,7 @@ def load_pairs(
 
 
 class Share(NamedTuple):
-    """This rank's shard of a global batch."""
+    """The global batch that a shard is from, and the shard's weight in it."""
 
     n_examples: int  # of the global batch
     weight: float  # of the shard's mean loss in the global mean
@@ -149,14 +149,18 @@ class Batches:
         self.n_examples = len(self.lengths)
 
     def shard(self, rank: int, world_size: int) -> "Batches":
-        """One rank's part of the batches of all ranks, `batch_size` examples from each."""
+        """One rank's part of the batches of all ranks, `batch_size` examples for each."""
         shard = copy.copy(self)
         shard.rank, shard.world_size = rank, world_size
-        shard.batch_size = self.batch_size * world_size
         return shard
 
+    @property
+    def global_size(self) -> int:
+        """Examples in a batch of all ranks."""
+        return self.batch_size * self.world_size
+
     def __len__(self) -> int:
-        return -(-self.n_examples // self.batch_size)
+        return -(-self.n_examples // self.global_size)
 
     def longest(self, n: int) -> dict[str, Tensor]:
         """A batch of the n longest examples."""
@@ -165,8 +169,8 @@ class Batches:
     def rows(self, number: int) -> Iterator[np.ndarray]:
         """The rows of each global batch of an epoch, in an order set by seed and epoch number."""
         order = np.random.default_rng([self.seed, number]).permutation(self.n_examples)
-        for start in range(0, self.n_examples, self.batch_size):
-            yield order[start : start + self.batch_size]
+        for start in range(0, self.n_examples, self.global_size):
+            yield order[start : start + self.global_size]
 
     def epoch(self, number: int) -> Iterator[tuple[dict[str, Tensor], Share]]:
         """This rank's shard of each batch.
@@ -217,7 +221,8 @@ def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
 def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
     """The indices of the tokens in the flattened mask [B,T] of right-padded rows, int64 [N].
 
-    Some padding positions follow to make N a multiple of `tile`; they change no result.
+    Padding positions, if there are enough, follow to make N a multiple of `tile`; they change no
+    result.
     """
     is_token = mask.ravel()
     tokens, padding = is_token.nonzero()[0], (~is_token).nonzero()[0]
@@ -235,13 +240,14 @@ def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, T
     if n_tokens > MOST_GRAPH_TOKENS or width > n_positions or "targets" in batch:
         return None
     wider = {name: F.pad(batch[name], (0, width - T)) for name in ("input_ids", "attention_mask")}
+    # With the multiple of B there is always enough padding: B divides B * width.
     index = token_index(wider["attention_mask"].bool().numpy(), tile=max(64, B))
     return batch | wider | {"token_index": torch.from_numpy(index)}
 
 
 @dataclass(frozen=True)
 class TokenizedSonnet:
-    """A poem's token ids, the last one end of text; the first `prompt_length` are its prompt."""
+    """A poem's token ids, end of text last unless cut; the first `prompt_length` are its prompt."""
 
     ids: list[int]
     prompt_length: int
@@ -253,7 +259,7 @@ def tokenize_sonnets(
     """Tokenize whole poems; one too long for the model is cut at the end."""
     poems = encode(["\n".join(sonnet.lines) for sonnet in sonnets], tokenizer)
     prompts = encode([sonnet.prompt for sonnet in sonnets], tokenizer)
-    return [
+    return [  # the last token is only a target
         TokenizedSonnet([*poem, tokenizer.eos_token_id][: max_length + 1], len(prompt))
         for poem, prompt in zip(poems, prompts, strict=True)
     ]

@@ -42,8 +42,8 @@ def main(args: argparse.Namespace) -> None:
     run = Run.open(vars(args), task="paraphrase", adapter=lora, runtime=machine)
 
     # Load
-    gpt = GPT2Model.from_pretrained(run.base)
-    tokenizer = load_tokenizer(run.base, gpt.config.vocab_size)
+    gpt = GPT2Model.from_pretrained(run.base_folder)
+    tokenizer = load_tokenizer(run.base_folder, gpt.config.vocab_size)
     n_positions = gpt.config.n_positions
     train = datasets.load_pairs(args.para_train, tokenizer, n_positions, limit=args.limit_train)
     dev = datasets.load_pairs(args.para_dev, tokenizer, n_positions, limit=args.limit_dev)
@@ -53,7 +53,6 @@ def main(args: argparse.Namespace) -> None:
 
     # Build
     lora = peft_format.start_lora(gpt, lora, args.import_peft)
-    gpt.gradient_checkpointing = args.gradient_checkpointing
     model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
     machine.prepare(model)
     score = metrics.ParaphraseScorer(model, dev, machine)

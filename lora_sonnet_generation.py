@@ -38,8 +38,8 @@ def main(args: argparse.Namespace) -> None:
     run = Run.open(vars(args), task="sonnet", adapter=lora, runtime=machine)
 
     # Load
-    gpt = GPT2Model.from_pretrained(run.base)
-    tokenizer = load_tokenizer(run.base, gpt.config.vocab_size)
+    gpt = GPT2Model.from_pretrained(run.base_folder)
+    tokenizer = load_tokenizer(run.base_folder, gpt.config.vocab_size)
     sonnets = datasets.load_sonnets(
         train=args.sonnet_path,
         dev=args.dev_sonnet_path,
@@ -54,7 +54,6 @@ def main(args: argparse.Namespace) -> None:
 
     # Build
     lora = peft_format.start_lora(gpt, lora, args.import_peft)
-    gpt.gradient_checkpointing = args.gradient_checkpointing
     gpt.suppress_tokens(unused_ids(tokenizer, gpt.config.vocab_size))
     model = SonnetGPT(gpt)
     machine.prepare(model)

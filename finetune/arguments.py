@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from finetune.early_stopping import EarlyStoppingConfig
 from finetune.identity import INPUT_FLAGS, OUTPUT_FLAGS
@@ -26,7 +26,7 @@ DATA = ROOT / "data"
 class Amounts:
     """How much data to use, and in what order."""
 
-    batch_size: int = setting(8, "examples per batch on each rank", least=1)
+    batch_size: int = setting(8, "examples per batch, in each process", least=1)
     seed: int = setting(
         11711,
         "seeds the adapter's initialization, data order, dropout and sampling",
@@ -120,7 +120,7 @@ def add_settings(
     group = parser.add_argument_group(title)
     for config in configs:
         for field in fields(config):
-            hint, help = str(get_type_hints(config)[field.name]), field.metadata["help"]
+            hint, help = str(field.type), field.metadata["help"]
             default = None if optional else field.default
             options: dict[str, Any] = {"default": default, "help": help}
             if hint == "<class 'bool'>":

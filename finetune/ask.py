@@ -20,7 +20,14 @@ from data.sonnets import GIVEN_LINES, Sonnet
 from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
-from finetune.run import adapter_path, find_run, finished_runs, is_finished, read_record
+from finetune.run import (
+    adapter_path,
+    find_run,
+    finished_runs,
+    is_finished,
+    no_finished_run,
+    read_record,
+)
 from finetune.runtime import Runtime, RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
@@ -58,7 +65,7 @@ class Paraphraser:
         data = datasets.tokenize_pairs(pairs, self.tokenizer, n_positions)
         batch = self.runtime.to_device(datasets.pair_batch(data, np.array([0])))
         with self.runtime.autocast():
-            logits = self.model(batch["input_ids"], batch["attention_mask"], batch["token_index"])
+            logits = self.model(**batch)
         return logits.softmax(1)[0, 1].item()
 
     def answer(self, first: str, second: str) -> str:
@@ -68,7 +75,7 @@ class Paraphraser:
 
 
 class SonnetWriter:
-    """Continues poems using a GPT-2 with or without an adapter, differently on each call."""
+    """Continues poems using a GPT-2 with or without an adapter; sampling differs in each call."""
 
     n_lines = GIVEN_LINES
 
@@ -143,10 +150,7 @@ def load(
 def _find_finished(run: str | Path | None, runs_dir: Path) -> Path:
     found = [find_run(run, runs_dir)] if run else finished_runs(runs_dir)
     if not found:
-        raise UserError(
-            f"no finished run in {runs_dir}; train one first, for example with "
-            "python lora_paraphrase_detection.py --demo"
-        )
+        raise no_finished_run(runs_dir)
     if not is_finished(found[0]):
         raise UserError(f"{found[0]} is unfinished; repeat its command with --resume")
     return found[0]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from finetune.files import write_files
 from finetune.runtime import STABILITY_ADVICE, Runtime
-from models.pretrained import first_line, read_plain
+from models.config import first_line
+from models.pretrained import read_plain
 from modules.adapters import adapter_state, load_adapter_state
 from modules.settings import UserError
 

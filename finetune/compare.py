@@ -8,15 +8,13 @@ python -m finetune.compare --csv runs.csv --png runs.png
 import argparse
 import csv
 import io
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from finetune import identity, report, run
+from finetune import ending, identity, report, run
 from finetune.arguments import HelpFormatter, project_path
 from finetune.files import write_files
-from modules.settings import UserError
 
 SCORES = {  # task -> column -> key in a record's final metrics; runs are ranked by the first
     "paraphrase": {"accuracy": "dev_accuracy", "macro_f1": "dev_macro_f1", "dev_loss": "dev_loss"},
@@ -40,10 +38,7 @@ def main() -> None:
     folders = list(dict.fromkeys(folders)) or run.run_folders(args.runs_dir)
     records = [run.read_record(folder) for folder in folders if run.is_finished(folder)]
     if not records:
-        raise UserError(
-            f"no finished run in {args.runs_dir}; train one first, for example with "
-            "python lora_paraphrase_detection.py --demo"
-        )
+        raise run.no_finished_run(args.runs_dir)
     tasks = {task: ranked(records, task, args.by) for task in SCORES}
     tasks = {task: groups for task, groups in tasks.items() if groups}
     for task, groups in tasks.items():
@@ -175,7 +170,4 @@ def picture(tasks: dict[str, list[Group]]) -> bytes:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    ending.run(main)

@@ -20,12 +20,10 @@ class Decoder:
         device = runtime.device
         self.input_ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True)
         self.lengths = torch.tensor([len(text) for text in texts], device=device)
-        self.cache = self.make_cache()
-
-    def make_cache(self) -> KVCache:
-        """An empty cache for texts of at most `longest` tokens."""
-        n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
-        return KVCache(n_layer, n_rows, self.longest, self.lengths.device)
+        fixed = not self.removes_finished
+        # In fixed shapes a multiple of 16: otherwise each layer copies the attention bias.
+        size = -(-longest // 16) * 16 if fixed else longest
+        self.cache = KVCache(gpt.config.n_layer, len(texts), size, device, fixed_shapes=fixed)
 
     def prefill(self) -> Tensor:
         """Logits [B,V] for the first new token of each text."""
@@ -68,11 +66,6 @@ class GPUDecoder(Decoder):
         self.step = self.next_logits
         if runtime.decodes_with_graphs:
             self.step = CUDAGraphs(self.next_logits, "decoding")
-
-    def make_cache(self) -> KVCache:
-        size = -(-self.longest // 16) * 16  # otherwise each layer copies the attention bias
-        n_layer, n_rows = self.gpt.config.n_layer, len(self.lengths)
-        return KVCache(n_layer, n_rows, size, self.lengths.device, fixed_shapes=True)
 
     def read(self, tokens: Tensor) -> Tensor:
         (logits,) = self.step(input_ids=tokens[:, None], n_read=self.n_read)

@@ -20,7 +20,7 @@ PREDICTION_FLAGS = {field.name for field in fields(SamplingConfig)} | {"num_samp
 PREDICTION_FLAGS |= {*INPUT_FLAGS} - {*DATA_FLAGS}
 # Flags that affect rounding and dropout masks: a resumed run must use the same values.
 RUNTIME_FLAGS = {field.name for field in fields(RuntimeConfig)} - {"precision"}
-# Flags that affect neither; the base checkpoint is identified by its content.
+# Flags that affect none of these; the base checkpoint is identified by its content.
 OTHER_FLAGS = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged"}
 OTHER_FLAGS |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}
 OTHER_FLAGS |= {*OUTPUT_FLAGS}

@@ -78,10 +78,11 @@ def fit(
     """
     batches = batches.shard(runtime.rank, runtime.world_size)
     trainer = Trainer(model, loss_function, optimizer, config, len(batches), runtime)
-    progress = trainer.progress
     report_memory(trainer, batches)
     if resume and resume.state is not None:
         resume.restore(lambda state: _load_state(state, trainer, stopper))
+    progress = trainer.progress
+    if progress.steps:
         print(f"resumes after step {progress.steps:,}, in epoch {progress.epoch + 1}")
     while progress.epoch < config.epochs and not stopper.should_stop:
         model.train()
@@ -111,8 +112,8 @@ class Trainer:
     def __post_init__(self):
         self.model = self.runtime.parallel(self.bare_model)
         self.trainable = trainable(self.bare_model)
-        self.is_half = self.runtime.autocast_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_half)
+        self.is_float16 = self.runtime.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.is_float16)
         self.progress = Progress()
         self.graphs = None
         if self.runtime.trains_with_graphs:
@@ -153,8 +154,8 @@ class Trainer:
 
     def step(self) -> None:
         """Update the weights by the accumulated gradient, and clear it."""
+        factor = lr_factor(self.config, self.batches_per_epoch, self.progress.steps)
         for group in self.optimizer.param_groups:
-            factor = lr_factor(self.config, self.batches_per_epoch, self.progress.steps)
             group["lr"] = self.config.lr * factor
         if self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
@@ -170,11 +171,11 @@ class Trainer:
 
         Raises UserError for a loss that is not finite, or for float16 gradients that never are.
         """
-        if self.is_half and self.scaler.get_scale() < SMALLEST_SCALE:
+        if self.is_float16 and self.scaler.get_scale() < SMALLEST_SCALE:
             raise UserError(
                 f"step {self.progress.steps}: all gradients overflow in float16: {STABILITY_ADVICE}"
             )
-        return self.progress.read_losses(skip_infinite=self.is_half)
+        return self.progress.read_losses(skip_infinite=self.is_float16)
 
 
 def lr_factor(config: FitConfig, batches_per_epoch: int, step: int) -> float:
@@ -195,7 +196,7 @@ def report_memory(trainer: Trainer, batches: Batches) -> None:
     runtime = trainer.runtime
     state = random_state(runtime.device)
     trainer.bare_model.train()
-    trainer.backward(batches.longest(batches.batch_size // runtime.world_size))
+    trainer.backward(batches.longest(batches.batch_size))
     trainer.optimizer.zero_grad()
     set_random_state(state, runtime.device)
     text = f"a training step takes up to {runtime.peak_memory_mb():,.0f} MB of memory"
@@ -214,7 +215,7 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
     examples = bar(
         desc=f"epoch {progress.epoch + 1}/{config.epochs}",
         total=batches.n_examples,
-        initial=min(progress.batches * batches.batch_size, batches.n_examples),
+        initial=min(progress.batches * batches.global_size, batches.n_examples),
         unit=batches.unit,
         disable=not runtime.is_main,
     )
@@ -252,7 +253,7 @@ def _end_epoch(
     if not all(map(math.isfinite, metrics.values())):
         raise UserError(f"epoch {epoch}: the metrics are {metrics}: {STABILITY_ADVICE}")
     record = {"epoch": epoch, **metrics}
-    if trainer.is_half:
+    if trainer.is_float16:
         taken = int(trainer.optimizer.state.get(trainer.trainable[0], {}).get("step", 0))
         record["skipped_steps"] = trainer.progress.steps - taken  # their gradients overflowed
     record["is_best"] = stopper.update(metrics)
@@ -284,7 +285,7 @@ def _load_state(state: dict[str, Any], trainer: Trainer, stopper: EarlyStopper) 
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
     own = state["ranks"][trainer.runtime.rank]
-    vars(trainer.progress).update(vars(Progress(**own["progress"])))
+    trainer.progress = Progress(**own["progress"])
     for record in trainer.progress.history:
         stopper.update(record)
     set_random_state(own["random"], trainer.runtime.device)

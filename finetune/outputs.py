@@ -84,7 +84,7 @@ def format_table(record: dict[str, Any], files: dict[str, Path]) -> str:
     """
     final = dict(record["final"])
     shakespeare = final.pop("shakespeare", {})
-    best = max(epoch["epoch"] for epoch in record["history"] if epoch["is_best"])
+    best = report.best_epoch(record["history"])["epoch"]
     rows: dict[str, Any] = {"run": record["name"], "best epoch": best or "imported"}
     for name, value in final.items():
         gold = f" (Shakespeare {shakespeare[name]:.4g})" if name in shakespeare else ""

@@ -67,22 +67,22 @@ def export_peft(gpt: GPT2Model, config: LoRAConfig, base: str | Path, folder: Pa
     The adapters of query, key and value become one adapter of `c_attn` with two or three times the
     rank: the A matrices are stacked, and B is block-diagonal.
     """
-    tensors, parts = {}, {}
+    tensors, n_parts = {}, {}
     for layer, name, module in _lora_layers(gpt):
         key = f"base_model.model.transformer.h.{layer}.{name}"
         tensors[f"{key}.lora_A.weight"] = module.lora_A.detach().cpu().contiguous()
         tensors[f"{key}.lora_B.weight"] = module.block_B().detach().cpu().contiguous()
-        parts[name] = sum(module.parts)
+        n_parts[name] = sum(module.parts)
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(BUNDLED if base == "gpt2-nano" else base),
-        "target_modules": list(parts),
+        "target_modules": list(n_parts),
         "layers_to_transform": config.layers,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "rank_pattern": {name: n * config.rank for name, n in parts.items()},
-        "alpha_pattern": {name: n * config.alpha for name, n in parts.items()},
+        "rank_pattern": {name: n * config.rank for name, n in n_parts.items()},
+        "alpha_pattern": {name: n * config.alpha for name, n in n_parts.items()},
         "lora_dropout": config.dropout,
         "fan_in_fan_out": True,
     }
@@ -148,7 +148,7 @@ def start_lora(gpt: GPT2Model, config: LoRAConfig, peft_folder: Path | None) -> 
     add_lora(gpt, config)
     for layer, name, module in _lora_layers(gpt):
         targets = compress(HF_TARGETS[name], module.parts)
-        _fill(module, [parts.get((layer, target)) for target in targets], f"layer {layer}, {name}")
+        _fill(module, [parts.get((layer, target)) for target in targets], f"block {layer}, {name}")
     return config
 
 

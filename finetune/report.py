@@ -262,12 +262,12 @@ def _draw_curves(axis: "Axes", record: dict[str, Any], title: str) -> None:
         values = [epoch[name] for epoch in history]
         axis.plot(epochs, values, "o-", ms=4, color=color, label=label)
     axis.axvline(best["epoch"], color=BEST, lw=1, ls=":", zorder=0)
-    time = f"epoch; best: {best['epoch']}"
+    x_label = f"epoch; best: {best['epoch']}"
     if task.selection_metric in task.panels[title]:
         axis.plot(best["epoch"], best[task.selection_metric], "*", ms=13, color=BEST)
-        time += f" ({best[task.selection_metric]:.4g})"
+        x_label += f" ({best[task.selection_metric]:.4g})"
     axis.set_title(title, fontsize=10, color=INK)
-    axis.set_xlabel(time, fontsize=9, color=INK)
+    axis.set_xlabel(x_label, fontsize=9, color=INK)
     axis.set_xlim(0.6, epochs[-1] + 0.4)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.tick_params(labelsize=9, color=INK, labelcolor=INK)

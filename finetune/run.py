@@ -26,7 +26,8 @@ from finetune.identity import (
 from finetune.outputs import TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
-from models.pretrained import find_checkpoint, read_json
+from models.config import read_json
+from models.pretrained import find_checkpoint
 from modules.settings import UserError
 
 RECORD, STATE = "run.json", "resume.pt"  # in a run's folder; one without STATE is finished
@@ -46,7 +47,7 @@ class Run:
     """A run and its folder; one that only predicts has no `resume`."""
 
     folder: Path
-    base: Path  # the folder of its checkpoint
+    base_folder: Path  # of the checkpoint
     flags: dict[str, Any]
     identity: Identity
     runtime: Runtime
@@ -72,7 +73,7 @@ class Run:
                 check_writable(path)
         if flags["predict_only"]:
             if not predicts_with_import(flags):
-                runtime.from_main(lambda: _check_trained(folder))
+                runtime.from_main(lambda: _check_trained(folder, identity))
         else:
             if runtime.from_main(lambda: _is_done(folder, flags["overwrite"])):
                 raise Finished(
@@ -205,6 +206,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def no_finished_run(runs_dir: Path) -> UserError:
+    """The error where a finished run is needed and there is none."""
+    return UserError(
+        f"no finished run in {runs_dir}; train one first, for example with "
+        "python lora_paraphrase_detection.py --demo"
+    )
+
+
 def find_run(run: str | Path, runs_dir: Path) -> Path:
     """The folder `run`, or the only one in `runs_dir` whose name is or begins with `run`.
 
@@ -231,21 +240,20 @@ def _is_done(folder: Path, overwrite: bool) -> bool:
     return is_finished(folder)
 
 
-def _check_trained(folder: Path) -> None:
+def _check_trained(folder: Path, identity: Identity) -> None:
     """Raise UserError if there is no adapter to predict with."""
     if not adapter_path(folder).exists():
         raise UserError(
             f"{adapter_path(folder)} does not exist: train first, with the same command without "
-            f"--predict_only{_others(folder)}"
+            f"--predict_only{_others(folder, identity)}"
         )
 
 
-def _others(folder: Path) -> str:
+def _others(folder: Path, identity: Identity) -> str:
     """A hint at the script's existing runs."""
-    method = folder.name.partition("-")[0]
-    task = folder.name.rpartition("-")[0].rpartition("-")[2]
+    begin, task = f"{identity.method}-", f"-{identity.task}-"
     names = [path.name for path in finished_runs(folder.parent)]
-    names = [name for name in names if name.startswith(method) and f"-{task}-" in name]
+    names = [name for name in names if name.startswith(begin) and task in name]
     return f"; existing runs have other flags: {', '.join(names[:3])}" if names else ""
 
 

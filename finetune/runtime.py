@@ -154,6 +154,8 @@ class Runtime:
         if self.autocast_dtype:
             round_frozen_matrices(model, self.autocast_dtype)
         model.to(self.device)
+        if self.config.gradient_checkpointing:
+            model.gpt.gradient_checkpointing = True
         if self.config.compile:
             model.compile(dynamic=True)
         else:
@@ -161,7 +163,7 @@ class Runtime:
         trained, total = count_parameters(model)
         print(f"{total:,} parameters, {trained:,} of them trainable, on {self.device}")
         if self.world_size > 1:
-            print(f"{self.world_size} ranks, each with batches of --batch_size")
+            print(f"{self.world_size} processes, each with batches of --batch_size")
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy the batch to the device, asynchronously for a GPU."""
@@ -191,7 +193,8 @@ class Runtime:
 
 
 class DelayedMax:
-    """Called with a number at every step; returns the largest of all ranks at the previous step.
+    """Called with a number at each step; returns the largest of all ranks at the step before, or
+    with a single rank the number itself.
 
     All ranks get it at the same step without waiting, since the all-reduce overlaps the step.
     """

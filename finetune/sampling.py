@@ -1,4 +1,4 @@
-"""Choosing the next token: pure functions from logits to probabilities to a token."""
+"""Choosing the next token from logits, and the settings of decoding."""
 
 from dataclasses import dataclass
 

@@ -74,7 +74,8 @@ class GPT2Model(nn.Module):
         last_only: bool = False,
     ) -> dict[str, Tensor]:
         """Returns `last_hidden_state` [B,T,C], `last_token` [B,C], the state at each row's last
-        token, and `token_states` [N,C], all tokens row by row. `last_only`: only `last_token`.
+        token, and `token_states` [N,C], all tokens row by row, then the padding in `token_index`.
+        With `last_only`, only `last_token`.
 
         `attention_mask` [B,T] is 1 where `input_ids` [B,T] holds a token; `token_index` is as in
         `TokenLayout.of`. With a `cache`, the tokens follow the cached ones. For ReFT, the prompt

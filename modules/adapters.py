@@ -59,6 +59,6 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 def chosen_layers(layers: tuple[int, ...] | None, n_layer: int) -> tuple[int, ...]:
     """The sorted indices of the layers to adapt, where None means all of them."""
     for layer in layers or ():
-        if not 0 <= layer < n_layer:
-            raise UserError(f"there is no layer {layer}: the model has layers 0 to {n_layer - 1}")
+        if layer >= n_layer:
+            raise UserError(f"there is no block {layer}: the model has blocks 0 to {n_layer - 1}")
     return tuple(range(n_layer)) if layers is None else tuple(sorted(set(layers)))

@@ -32,7 +32,8 @@ class CausalSelfAttention(nn.Module):
         `cache`, the S keys are those it holds once the new ones have been appended.
         """
         qkv = self.qkv(x)  # [N,3C]
-        q, k, v = self._heads(layout.to_rows(qkv))  # [B,H,T,D] each
+        parts = layout.to_rows(qkv).unflatten(2, (3, self.n_head, -1)).unbind(2)  # [B,T,H,D] each
+        q, k, v = (part.transpose(1, 2) for part in parts)  # [B,H,T,D] each
         if cache is not None:
             k, v = cache.append(qkv.unflatten(1, (3, self.n_head, -1))[:, 1:], layout)
         if last_only:
@@ -49,8 +50,3 @@ class CausalSelfAttention(nn.Module):
         )
         y = y.transpose(1, 2).flatten(2)  # [B,T,C]
         return y[:, 0] if last_only else layout.to_tokens(y)
-
-    def _heads(self, qkv: Tensor) -> list[Tensor]:
-        """[B,T,3C] -> q, k and v, each [B,H,T,D]."""
-        parts = qkv.unflatten(2, (3, self.n_head, -1)).unbind(2)  # [B,T,H,D] each
-        return [part.transpose(1, 2) for part in parts]

@@ -51,7 +51,7 @@ class CUDAGraphs:
         reason = "the results differ"
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = record(self.function, inputs, self.pool)
+            graph = capture(self.function, inputs, self.pool)
             torch.cuda.set_rng_state(before)  # to repeat the same dropout
             found = graph(inputs)
             self.works = results_match(found, expected)
@@ -67,7 +67,7 @@ class CUDAGraphs:
         return expected
 
 
-def record(
+def capture(
     function: Function, inputs: dict[str, Tensor], pool: Any
 ) -> Callable[[dict[str, Tensor]], Outputs]:
     """Capture the function as a CUDA graph for inputs of these shapes."""

@@ -45,7 +45,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.scale, self.parts = config.rank, config.alpha / config.rank, parts
+        self.scale, self.parts = config.alpha / config.rank, parts
         self.merged = False
         n, width = sum(parts), linear.out_features // len(parts)
         self.dropout = nn.Dropout(config.dropout)

@@ -156,12 +156,9 @@ def cast_adapters_at_once(model: nn.Module) -> None:
 
     The copies are dropped at the end of the forward, so they are never stale.
     """
-    for gpt in model.modules():
-        if any(isinstance(child, nn.ModuleList) for child in gpt.children()):  # its blocks
-            _cast_in_each_forward(gpt, [m for m in gpt.modules() if isinstance(m, LoRALinear)])
+    gpt = getattr(model, "gpt", model)
+    layers = [layer for layer in gpt.modules() if isinstance(layer, LoRALinear)]
 
-
-def _cast_in_each_forward(gpt: nn.Module, layers: list[nn.Module]) -> None:
     def before(gpt: nn.Module, args: Any) -> None:
         dtype = autocast_dtype(layers[0].weight.device)
         if dtype is not None and layers[0].prepacked is None:

@@ -32,8 +32,8 @@ class TokenLayout:
 
         `token_index` [N], for right-padded rows, gives the tokens' indices in the flattened input
         without a scan of the mask, which would wait for a GPU. It may end in padding positions,
-        which no token attends to. `cached` [B] is the number of cached tokens in each row. Raises
-        ValueError if a row has no token.
+        which no token attends to. `cached` [B] is the number of cached tokens in each row. With
+        neither of them, raises ValueError if a row has no token.
         """
         (B, T), device = input_ids.shape, input_ids.device
         source, index = token_index, token_index

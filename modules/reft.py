@@ -29,39 +29,6 @@ LOCATIONS = {"attention": "after_attention", "ffn": "after_ffn"}  # -> hook poin
 
 
 @dataclass(frozen=True)
-class ReFTConfig:
-    """Which interventions to add, where, and how large; raises UserError for invalid values."""
-
-    method: ClassVar[str] = "reft"
-    type: str = setting("adapter", f"{', '.join(TYPES)} [%(default)s]", choices=TYPES)
-    rank: int = setting(4, "dimensions of the subspace to intervene in", least=1)
-    alpha: float = setting(16.0, "type adapter only: scales it by alpha / rank", above=0)
-    dropout: float = setting(0.0, "dropout on what is added to the hidden states", least=0, below=1)
-    activation: str | None = setting(
-        None,
-        "[relu for type adapter; linear for the others, as in the paper]",
-        choices=ACTIVATIONS,
-    )
-    locations: tuple[str, ...] = setting(
-        ("attention",), "intervene after attention, ffn or both [attention]", choices=LOCATIONS
-    )
-    layers: tuple[int, ...] | None = setting(
-        None, "transformer blocks to intervene in, counted from 0 [all]", least=0
-    )
-    positions: str = setting(
-        "all",
-        "all, or the first N and last M of the prompt, each at most half: fN+lM, fN, lM [all]",
-        check=lambda text: Positions.parse(text),
-    )
-
-    def __post_init__(self):
-        if self.activation is None:
-            activation = "relu" if self.type == "adapter" else "linear"
-            object.__setattr__(self, "activation", activation)
-        check_settings(self)
-
-
-@dataclass(frozen=True)
 class Positions:
     """The first and the last positions of a prompt, at most half of it each."""
 
@@ -89,6 +56,39 @@ class Positions:
         return (first | last)[:, None]
 
 
+@dataclass(frozen=True)
+class ReFTConfig:
+    """Which interventions to add, where, and how large; raises UserError for invalid values."""
+
+    method: ClassVar[str] = "reft"
+    type: str = setting("adapter", f"{', '.join(TYPES)} [%(default)s]", choices=TYPES)
+    rank: int = setting(4, "dimensions of the subspace to intervene in", least=1)
+    alpha: float = setting(16.0, "type adapter only: scales it by alpha / rank", above=0)
+    dropout: float = setting(0.0, "dropout on what is added to the hidden states", least=0, below=1)
+    activation: str | None = setting(
+        None,
+        "[relu for type adapter; linear for the others, as in the paper]",
+        choices=ACTIVATIONS,
+    )
+    locations: tuple[str, ...] = setting(
+        ("attention",), "intervene after attention, ffn or both [attention]", choices=LOCATIONS
+    )
+    layers: tuple[int, ...] | None = setting(
+        None, "transformer blocks to intervene in, counted from 0 [all]", least=0
+    )
+    positions: str = setting(
+        "all",
+        "all, or the first N and last M of the prompt, each at most half: fN+lM, fN, lM [all]",
+        check=Positions.parse,
+    )
+
+    def __post_init__(self):
+        if self.activation is None:
+            activation = "relu" if self.type == "adapter" else "linear"
+            object.__setattr__(self, "activation", activation)
+        check_settings(self)
+
+
 class Intervention(nn.Module):
     """h + dropout(edit(h)), where each subclass defines `edit`.
 
@@ -97,7 +97,7 @@ class Intervention(nn.Module):
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__()
-        self.width, self.rank, self.scale = width, config.rank, config.alpha / config.rank
+        self.width, self.rank = width, config.rank
         self.act = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
@@ -120,6 +120,7 @@ class Adapter(Intervention):
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
+        self.scale = config.alpha / config.rank
         self.reft_W_down = nn.Parameter(torch.empty(self.rank, width))
         self.reft_W_up = self.zeros(width, self.rank)
         nn.init.kaiming_uniform_(self.reft_W_down, a=math.sqrt(5))
@@ -167,7 +168,7 @@ class Orthonormal(Intervention):
 class LoReFT(Orthonormal):
     """h + R^T (act(W h + b) - R h), with R's rows orthonormal; initially W = R, b = 0.
 
-    At initialization it is the identity, but only with the linear activation, as in the paper.
+    With the linear activation, which is the paper's and the default, it is initially the identity.
     """
 
     def __init__(self, width: int, config: ReFTConfig):
@@ -190,9 +191,13 @@ class DiReFT(Orthonormal):
         return self.act(F.linear(h, self.reft_W, self.reft_b)) @ self.reft_R
 
 
-INTERVENTIONS: dict[str, type[Intervention]] = dict(
-    zip(TYPES, (Adapter, LoReFT, NoReFT, DiReFT, NoDiReFT), strict=True)
-)
+INTERVENTIONS: dict[str, type[Intervention]] = {  # by the names in TYPES
+    "adapter": Adapter,
+    "loreft": LoReFT,
+    "noreft": NoReFT,
+    "direft": DiReFT,
+    "nodireft": NoDiReFT,
+}
 
 
 @torch.no_grad()

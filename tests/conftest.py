@@ -130,7 +130,7 @@ def quora():
 
 
 class Recorder:
-    """Replaces `record`: runs the function on inputs of its own, and counts recordings."""
+    """Replaces `capture`: runs the function on inputs of its own, and counts recordings."""
 
     def __init__(self, spoil=lambda tensor: tensor, error=None):
         self.n, self.n_replays, self.spoil, self.error = 0, 0, spoil, error
@@ -159,7 +159,7 @@ def recorder(monkeypatch):
 
     def install(**about):
         recorder = Recorder(**about)
-        monkeypatch.setattr(cuda_graphs, "record", recorder)
+        monkeypatch.setattr(cuda_graphs, "capture", recorder)
         return recorder
 
     monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)

@@ -31,7 +31,7 @@ class Numbers:
     def __init__(self, batches):
         self.batches = [torch.tensor(batch, dtype=torch.float32)[:, None] for batch in batches]
         self.n_examples = sum(map(len, self.batches))
-        self.batch_size = len(self.batches[0])
+        self.batch_size = self.global_size = len(self.batches[0])
 
     def __len__(self):
         return len(self.batches)

@@ -256,7 +256,7 @@ def use_bin(folder, state):
         (lambda f: torch.save(Evil(f / "harm"), f / "adapter_model.safetensors"), "cannot be read"),
         (lambda f: damage_weights(f, lambda t: dict(list(t.items())[1:])), "an A and a B of"),
         (lambda f: damage_weights(f, lambda t: {k.replace("h.1", "h.9"): v for k, v in t.items()}),
-         "there is no layer 9: the model has layers 0 to 2"),
+         "there is no block 9: the model has blocks 0 to 2"),
         (lambda f: damage_weights(f, lambda t: {k: v.new_zeros(0, 4) for k, v in t.items()}),
          "must be a non-empty matrix of finite numbers"),
         (lambda f: damage_weights(f, lambda t: {k: v / 0 for k, v in t.items()}), "of finite numb"),

@@ -97,7 +97,7 @@ CORE = [
 
 @pytest.mark.skipif(os.environ.get("GPT2_ACCELERATE") == "0", reason="this is that run")
 def test_the_core_tests_pass_without_acceleration():
-    left_out = "not gpt2_size and not fifty_steps"  # slow; a comparison with the plain modules
+    left_out = "not gpt2_size and not training_steps_are"  # slow; compares with them
     command = [sys.executable, "-m", "pytest", "-qx", "-n0", "-k", left_out, *CORE]
     env = os.environ | {"GPT2_ACCELERATE": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

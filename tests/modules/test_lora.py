@@ -149,7 +149,7 @@ def test_base_parameters_keep_their_names(gpt):
         ({"targets": ()}, "is not one of query"),
         ({"rank": 0}, "LoRAConfig.rank: 0 is not a whole number of 1 or more"),
         ({"dropout": 1.0}, "dropout: 1 is not a number of 0 or more and below 1"),
-        ({"layers": (3,)}, "there is no layer 3: the model has layers 0 to 2"),
+        ({"layers": (3,)}, "there is no block 3: the model has blocks 0 to 2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(gpt, settings, sentence):
