@@ -32,8 +32,8 @@ from tests.benchmarks import overlap, results
 from tests.benchmarks.results import Row, cell
 from tests.conftest import ROOT
 
-RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-FIRST_RATES = RATES[1:5]
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+FIRST_RATES = RATES[3:7]
 FULL = "all weights"
 SEARCH_SEED, SEEDS = 11711, [1, 2, 3, 4, 5]
 # The original project trains ReFT with rank 4 after attention. With rank 36 it has as many
