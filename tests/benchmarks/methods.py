@@ -185,13 +185,20 @@ def form_of(forms: list[dict[str, float]]) -> Row:
     return {n.replace("_", " "): statistics.mean(float(form[n]) for form in forms) for n in names}
 
 
-def behind_the_best(rows: list[Row], column: str, n: int, best_of: Any) -> None:
-    """Add to each row its distance from the best one, in standard errors of the difference."""
-    best = best_of(rows, key=lambda row: row[column][0])
+def add_gaps(rows: list[Row], column: str, n: int, best_of: Any) -> Row:
+    """Add each row's distance from the best adapter, in standard errors of the difference over n
+    seeds, and return that adapter's row.
+    """
+    best = best_of((row for row in rows if row["method"] != FULL), key=lambda row: row[column][0])
     for each in rows:
-        error = ((each[column][1] ** 2 + best[column][1] ** 2) / n) ** 0.5
-        distance = abs(each[column][0] - best[column][0])
-        each["gap to the best"] = "" if each is best else f"{distance / error:.1f} s.e."
+        gap = ""
+        if each is not best:
+            error = ((each[column][1] ** 2 + best[column][1] ** 2) / n) ** 0.5
+            gap = f"{abs(each[column][0] - best[column][0]) / error:.1f} s.e."
+            if best_of(each, best, key=lambda row: row[column][0]) is each:
+                gap += " ahead"
+        each["gap to the best adapter"] = gap
+    return best
 
 
 def baselines(data: Data) -> list[Row]:
@@ -242,13 +249,11 @@ def main() -> None:
             by_method[method] = [runs.get(method, lr, seed) for seed in args.seeds]
             rows.append(row(method, lr, by_method[method]))
         column = metric.replace("validation", "dev")
-        behind_the_best(rows, column, len(args.seeds), best_of)
+        best = add_gaps(rows, column, len(args.seeds), best_of)["method"]
         more: dict[str, Any] = {"examples": data.about(), "seeds": args.seeds, "runs": runs.runs}
         if args.task == "paraphrase":
             rows += baselines(data)
         else:
-            adapted = [row for row in rows if row["method"] != FULL]
-            best = min(adapted, key=lambda row: row[column][0])["method"]
             more["texts"] = chosen_poems(best, by_method[best])
             gold, train = (
                 read_sonnets(DATA / f"{part}sonnets{rest}.txt")

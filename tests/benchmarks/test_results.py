@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.benchmarks import demos, methods, overlap, results
-from tests.benchmarks.methods import Runs, behind_the_best, row
+from tests.benchmarks.methods import Runs, add_gaps, row
 
 
 @pytest.fixture
@@ -84,15 +84,20 @@ def test_rows_have_means_deviations_and_their_distance_from_the_best():
     runs = [{"parameters": 5, "seconds": 1.0, "dev accuracy": value} for value in (0.5, 0.7)]
     better = [{"parameters": 7, "seconds": 1.0, "dev accuracy": value} for value in (0.8, 0.9)]
     rows = [row("one", 1e-3, runs), row("other", 3e-3, better)]
-    behind_the_best(rows, "dev accuracy", 2, max)
+    full = [row(methods.FULL, 1e-4, better)]
+    assert add_gaps(rows + full, "dev accuracy", 2, max) is rows[1]
     assert rows[0] == {
         "method": "one",
         "parameters": 5,
         "lr": "0.001",
         "dev accuracy": [pytest.approx(0.6), pytest.approx(0.1414, abs=1e-4)],
-        "gap to the best": "2.2 s.e.",  # 0.25 / (0.1 ** 2 + 0.05 ** 2) ** 0.5
+        "gap to the best adapter": "2.2 s.e.",  # 0.25 / (0.1 ** 2 + 0.05 ** 2) ** 0.5
     }
-    assert rows[1]["gap to the best"] == ""
+    assert rows[1]["gap to the best adapter"] == ""
+    better[0]["dev accuracy"] = 0.9
+    full = [row(methods.FULL, 1e-4, better)]
+    add_gaps(rows + full, "dev accuracy", 2, max)
+    assert full[0]["gap to the best adapter"] == "1.0 s.e. ahead"  # 0.05 / (0.05 ** 2) ** 0.5
 
 
 def test_what_is_shared_is_counted():
