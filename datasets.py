@@ -116,10 +116,7 @@ def load_pairs(
     limit: int | None,
     has_labels: bool = True,
 ) -> TokenizedPairs:
-    """Read and tokenize a file's pairs, or its first `limit`; prints how it was read.
-
-    Raises UserError for an unusable file.
-    """
+    """Read and tokenize a file's pairs, or its first `limit`; prints how the file was read."""
     pairs = read_pairs(path, has_labels, limit)
     data = tokenize_pairs(pairs, tokenizer, max_length)
     print(pairs.summary() + (f"; shortened {data.n_shortened}" if data.n_shortened else ""))
@@ -136,15 +133,14 @@ class Share(NamedTuple):
 class Batches:
     """Training batches of `data` in random order.
 
-    Subclasses define `sizes()`, each example's number of tokens and of loss terms, and
-    `make_batch(rows)`.
+    Subclasses define `sizes()`, the tokens and loss terms of each example, and `make_batch(rows)`.
     """
 
     unit: str  # what an example is called
 
     def __init__(self, data: Any, batch_size: int, seed: int):
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.global_size = 0, 1, batch_size  # of all ranks
         self.lengths, self.n_targets = self.sizes()
         self.n_examples = len(self.lengths)
 
@@ -152,12 +148,8 @@ class Batches:
         """One rank's part of the batches of all ranks, `batch_size` examples for each."""
         shard = copy.copy(self)
         shard.rank, shard.world_size = rank, world_size
+        shard.global_size = self.batch_size * world_size
         return shard
-
-    @property
-    def global_size(self) -> int:
-        """Examples in a batch of all ranks."""
-        return self.batch_size * self.world_size
 
     def __len__(self) -> int:
         return -(-self.n_examples // self.global_size)
@@ -204,9 +196,8 @@ def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
 
 def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `labels` [B]."""
-    lengths = data.lengths[rows]
-    positions = np.arange(lengths.max())
-    mask = positions < lengths[:, None]  # [B,T]
+    positions = np.arange(data.lengths[rows].max())
+    mask = positions < data.lengths[rows, None]  # [B,T]
     ids = data.tokens.take(data.starts[rows, None] + positions, mode="clip") * mask
     batch = {
         "input_ids": ids.astype(np.int64),
@@ -221,8 +212,7 @@ def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
 def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
     """The indices of the tokens in the flattened mask [B,T] of right-padded rows, int64 [N].
 
-    Padding positions, if there are enough, follow to make N a multiple of `tile`; they change no
-    result.
+    Padding positions follow, as far as there are any, to make N a multiple of `tile`.
     """
     is_token = mask.ravel()
     tokens, padding = is_token.nonzero()[0], (~is_token).nonzero()[0]
