@@ -198,7 +198,7 @@ def computes_in_tf32(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """Let CUDA round the float32 inputs of matmuls to 10-bit mantissas, for seven times the speed.
+    """Let CUDA round the float32 inputs of matmuls to 10-bit mantissas, at several times the speed.
 
     Not enabled for the whole run because TF32 would spoil LoReFT's orthonormal rows.
     """

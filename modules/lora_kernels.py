@@ -36,8 +36,8 @@ class FastLoRALinear(LoRALinear):
 class LoRAMatmul(torch.autograd.Function):
     """W x + b + scale B A dropout(x) for x [N,in], with gradients for x, A [nR,in] and B [nO,R].
 
-    n parts of a fused layer, each O wide, are adapted. Saves dropout(x), a byte mask and
-    A dropout(x). Scaling and adding happen inside the matmuls, not in extra passes over memory.
+    n parts of a fused layer, each O wide, are adapted. Saves dropout(x) unscaled, its mask and
+    A times it. Scaling and adding happen inside the matmuls, not in extra passes over memory.
     """
 
     @staticmethod
@@ -131,8 +131,7 @@ def lora_matmul_works(device: torch.device) -> bool:
 class CastAll(torch.autograd.Function):
     """Casts all tensors to `dtype` in one kernel, and their gradients back in one kernel.
 
-    Casting each LoRA matrix of gpt2 by itself would launch 96 kernels, and as many in the backward,
-    which on a GPU takes longer than the matmuls.
+    Casting each LoRA matrix of gpt2 by itself would launch 96 kernels, and as many in the backward.
     """
 
     @staticmethod
