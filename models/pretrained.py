@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from models.config import SIZES, GPT2Config, first_line, read_config, read_json
 from models.tokenizer import TOKENIZER_FILES, has_tokenizer
-from models.tokenizer import load_tokenizer as load_tokenizer
 from modules.adapters import is_adapter
 from modules.settings import UserError
 

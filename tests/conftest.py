@@ -15,7 +15,8 @@ import transformers
 
 from finetune.loop import FitConfig
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, load_tokenizer
+from models.pretrained import BUNDLED
+from models.tokenizer import load_tokenizer
 from modules import cuda_graphs, onednn
 from modules.adapters import trainable
 from tests.scripts import ROOT

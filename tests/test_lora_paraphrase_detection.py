@@ -15,7 +15,8 @@ from matplotlib.image import imread
 from data.pairs import read_pairs
 from datasets import answer_ids, make_prompt
 from finetune.arguments import project_path
-from models.pretrained import BUNDLED, load_tokenizer
+from models.pretrained import BUNDLED
+from models.tokenizer import load_tokenizer
 from modules.lora import TARGETS
 from tests.conftest import narrow_hf_model
 from tests.scripts import ROOT, run_folder, run_script

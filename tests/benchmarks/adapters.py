@@ -22,8 +22,9 @@ from finetune.arguments import DATA
 from finetune.loop import FitConfig
 from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, load_tokenizer
+from models.pretrained import BUNDLED
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from models.tokenizer import load_tokenizer
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import INTERVENTIONS, LoReFT, ReFTConfig, add_reft
 from tests.benchmarks.peers import (

@@ -24,7 +24,8 @@ from finetune.generation import LineCounter, Sequence, generate
 from finetune.runtime import Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
-from models.pretrained import BUNDLED, load_tokenizer
+from models.pretrained import BUNDLED
+from models.tokenizer import load_tokenizer
 from modules.lora import LoRAConfig, add_lora
 from tests.benchmarks.peers import (
     add_model_arguments,

@@ -27,7 +27,8 @@ from datasets import answer_ids, make_prompt
 from finetune.arguments import DATA
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT
-from models.pretrained import BUNDLED, load_tokenizer
+from models.pretrained import BUNDLED
+from models.tokenizer import load_tokenizer
 from tests.benchmarks import results
 from tests.benchmarks.results import Row
 from tests.benchmarks.train_step import PeftParaphrase

@@ -19,7 +19,7 @@ from pathlib import Path
 from data.pairs import read_pairs
 from datasets import PairBatches, tokenize_pairs
 from finetune.arguments import DATA
-from models.pretrained import load_tokenizer
+from models.tokenizer import load_tokenizer
 from tests.benchmarks.peers import Worker, add_model_arguments, find_model, start
 from tests.conftest import ROOT
 

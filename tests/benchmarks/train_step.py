@@ -44,8 +44,8 @@ from finetune.loop import FitConfig, Trainer
 from finetune.runtime import Runtime
 from models.gpt2 import GPT2Model
 from models.paraphrase_gpt import ParaphraseGPT, paraphrase_loss
-from models.pretrained import load_tokenizer
 from models.sonnet_gpt import SonnetGPT, sonnet_loss
+from models.tokenizer import load_tokenizer
 from modules.kernels import SWITCH
 from modules.lora import LoRAConfig, add_lora
 from modules.reft import ReFTConfig, add_reft

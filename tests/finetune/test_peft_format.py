@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.peft_format import export_merged, export_peft, read_peft, start_lora
 from models.gpt2 import GPT2Model
-from models.pretrained import load_tokenizer
+from models.tokenizer import load_tokenizer
 from modules.adapters import adapter_state
 from modules.lora import TARGETS, LoRAConfig, LoRALinear, add_lora
 from modules.settings import UserError

@@ -13,7 +13,7 @@ import transformers
 
 from models.gpt2 import GPT2Model
 from models.pretrain import Recipe, orthogonalize, random_windows, read_text
-from models.pretrained import load_tokenizer
+from models.tokenizer import load_tokenizer
 from modules.settings import UserError
 from tests.conftest import ROOT
 

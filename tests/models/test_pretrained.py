@@ -20,9 +20,9 @@ from models.pretrained import (
     find_checkpoint,
     fingerprint,
     load_config,
-    load_tokenizer,
     save_gpt2,
 )
+from models.tokenizer import load_tokenizer
 from modules.settings import UserError
 from tests.conftest import ROOT, Evil
 
