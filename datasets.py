@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PROMPT = 'Is "{}" a paraphrase of "{}"? Answer "yes" or "no": '
 ANSWERS = ("no", "yes")  # class 0, class 1
-TILE = 16  # tokens of a batch come in multiples of it: oneDNN keeps code for each new shape
+TILE = 16  # tokens in a batch are a multiple of it, because oneDNN compiles code for each number
 MOST_GRAPH_TOKENS = 4096  # in a batch; larger ones keep a GPU busy without CUDA graphs
 
 
@@ -40,6 +40,10 @@ class TokenizedPairs:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The token ids of prompt i."""
+        return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
 
 def make_prompt(first: str, second: str) -> str:
@@ -124,16 +128,16 @@ def load_pairs(
 
 
 class Share(NamedTuple):
-    """The global batch that a shard is from, and the shard's weight in it."""
+    """The size of a global batch, and the share that one rank's shard has in its mean loss."""
 
-    n_examples: int  # of the global batch
-    weight: float  # of the shard's mean loss in the global mean
+    n_examples: int
+    weight: float
 
 
 class Batches:
     """Training batches of `data` in random order.
 
-    Subclasses define `sizes()`, the tokens and loss terms of each example, and `make_batch(rows)`.
+    Subclasses define `count_tokens_and_targets()`, for each example, and `make_batch(rows)`.
     """
 
     unit: str  # what an example is called
@@ -141,7 +145,7 @@ class Batches:
     def __init__(self, data: Any, batch_size: int, seed: int):
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.rank, self.world_size, self.global_size = 0, 1, batch_size  # of all ranks
-        self.lengths, self.n_targets = self.sizes()
+        self.lengths, self.n_targets = self.count_tokens_and_targets()
         self.n_examples = len(self.lengths)
 
     def shard(self, rank: int, world_size: int) -> "Batches":
@@ -181,7 +185,7 @@ class PairBatches(Batches):
 
     unit = "pair"
 
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+    def count_tokens_and_targets(self) -> tuple[np.ndarray, np.ndarray]:
         return self.data.lengths, np.ones(len(self.data), dtype=np.int64)
 
     def make_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -194,19 +198,25 @@ def prediction_rows(data: TokenizedPairs, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `labels` [B]."""
-    positions = np.arange(data.lengths[rows].max())
-    mask = positions < data.lengths[rows, None]  # [B,T]
-    ids = data.tokens.take(data.starts[rows, None] + positions, mode="clip") * mask
-    batch = {
-        "input_ids": ids.astype(np.int64),
-        "attention_mask": mask.astype(np.int64),
-        "token_index": token_index(mask),
+def pad(rows: list[Any]) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` [B,T] of rows padded on the right, and `token_index` [N]."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max()) < lengths[:, None]  # [B,T]
+    input_ids = np.zeros(mask.shape, dtype=np.int64)
+    input_ids[mask] = np.concatenate(rows)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        "token_index": torch.from_numpy(token_index(mask)),
     }
+
+
+def pair_batch(data: TokenizedPairs, rows: np.ndarray) -> dict[str, Tensor]:
+    """The prompts as in `pad`, and `labels` [B] if the data has them."""
+    batch = pad([data[row] for row in rows])
     if data.labels is not None:
-        batch["labels"] = data.labels[rows]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+        batch["labels"] = torch.from_numpy(data.labels[rows])
+    return batch
 
 
 def token_index(mask: np.ndarray, tile: int = TILE) -> np.ndarray:
@@ -230,7 +240,7 @@ def pad_to_few_shapes(batch: dict[str, Tensor], n_positions: int) -> dict[str, T
     if n_tokens > MOST_GRAPH_TOKENS or width > n_positions or "targets" in batch:
         return None
     wider = {name: F.pad(batch[name], (0, width - T)) for name in ("input_ids", "attention_mask")}
-    # With the multiple of B there is always enough padding: B divides B * width.
+    # Where the padding does not suffice for a multiple, all B * width positions are used.
     index = token_index(wider["attention_mask"].bool().numpy(), tile=max(64, B))
     return batch | wider | {"token_index": torch.from_numpy(index)}
 
@@ -322,7 +332,7 @@ class SonnetBatches(Batches):
 
     unit = "poem"
 
-    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+    def count_tokens_and_targets(self) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.array([len(poem.ids) for poem in self.data])
         return lengths, lengths - 1
 
@@ -331,17 +341,10 @@ class SonnetBatches(Batches):
 
 
 def sonnet_batch(poems: list[TokenizedSonnet]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` [B,T] padded on the right, `token_index` [N], `prompt_lengths`
-    [B], and `targets` [N], the tokens that follow those of `input_ids`, row by row.
+    """The poems but for their last tokens as in `pad`, `prompt_lengths` [B], and `targets` [N], the
+    tokens that follow those of `input_ids`, row by row.
     """
-    lengths = torch.tensor([len(poem.ids) - 1 for poem in poems])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [B,T]
-    input_ids = torch.zeros(mask.shape, dtype=torch.long)
-    input_ids[mask] = torch.tensor([token for poem in poems for token in poem.ids[:-1]])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "token_index": torch.from_numpy(token_index(mask.numpy())),
+    return pad([poem.ids[:-1] for poem in poems]) | {
         "prompt_lengths": torch.tensor([poem.prompt_length for poem in poems]),
         "targets": torch.tensor([token for poem in poems for token in poem.ids[1:]]),
     }

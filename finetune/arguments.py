@@ -120,6 +120,7 @@ def add_settings(
     group = parser.add_argument_group(title)
     for config in configs:
         for field in fields(config):
+            # The hint as text: that of an optional tuple of integers contains "int" as well.
             hint, help = str(field.type), field.metadata["help"]
             default = None if optional else field.default
             options: dict[str, Any] = {"default": default, "help": help}

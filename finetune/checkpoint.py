@@ -23,14 +23,14 @@ def save_adapter(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
 
 
 def load_adapter(
-    path: Path, model: nn.Module, identity: dict[str, Any], runtime: Runtime
+    path: Path, model: nn.Module, expected: dict[str, Any], runtime: Runtime
 ) -> dict[str, Any]:
     """Load an adapter into a model; returns the values saved with it.
 
-    Raises UserError if they do not match those in `identity`.
+    Raises UserError if they do not match those in `expected`.
     """
     about, state = runtime.from_main(lambda: read_adapter(path))
-    for key, value in identity.items():
+    for key, value in expected.items():
         if about.get(key) != value:
             raise UserError(f"{path} has {key} {about.get(key)}, but this run has {value}")
     try:

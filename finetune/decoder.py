@@ -15,15 +15,16 @@ class Decoder:
 
     removes_finished = True  # finished texts leave the batch
 
-    def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
-        self.gpt, self.runtime, self.longest = gpt, runtime, longest
+    def __init__(self, gpt: GPT2Model, prompts: list[list[int]], max_length: int, runtime: Runtime):
+        self.gpt, self.runtime, self.max_length = gpt, runtime, max_length
         device = runtime.device
-        self.input_ids = pad_sequence([torch.tensor(text, device=device) for text in texts], True)
-        self.lengths = torch.tensor([len(text) for text in texts], device=device)
+        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+        self.input_ids = pad_sequence(rows, batch_first=True)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         fixed = not self.removes_finished
         # In fixed shapes a multiple of 16: otherwise each layer copies the attention bias.
-        size = -(-longest // 16) * 16 if fixed else longest
-        self.cache = KVCache(gpt.config.n_layer, len(texts), size, device, fixed_shapes=fixed)
+        size = -(-max_length // 16) * 16 if fixed else max_length
+        self.cache = KVCache(gpt.config.n_layer, len(prompts), size, device, fixed_shapes=fixed)
 
     def prefill(self) -> Tensor:
         """Logits [B,V] for the first new token of each text."""
@@ -60,19 +61,19 @@ class GPUDecoder(Decoder):
 
     removes_finished = False
 
-    def __init__(self, gpt: GPT2Model, texts: list[list[int]], longest: int, runtime: Runtime):
-        super().__init__(gpt, texts, longest, runtime)
-        self.n_read = self.lengths
+    def __init__(self, gpt: GPT2Model, prompts: list[list[int]], max_length: int, runtime: Runtime):
+        super().__init__(gpt, prompts, max_length, runtime)
+        self.position = self.lengths  # of the next token; finished texts stay at their last one
         self.step = self.next_logits
         if runtime.decodes_with_graphs:
             self.step = CUDAGraphs(self.next_logits, "decoding")
 
     def read(self, tokens: Tensor) -> Tensor:
-        (logits,) = self.step(input_ids=tokens[:, None], n_read=self.n_read)
-        self.n_read = (self.n_read + 1).clamp(max=self.longest - 1)
+        (logits,) = self.step(input_ids=tokens[:, None], position=self.position)
+        self.position = (self.position + 1).clamp(max=self.max_length - 1)
         return logits
 
-    def next_logits(self, input_ids: Tensor, n_read: Tensor) -> tuple[Tensor]:
-        """`logits` after one more token per row, `input_ids` [B,1], at position `n_read` [B]."""
-        self.cache.lengths, self.cache.longest = n_read, 1  # independent of previous calls
+    def next_logits(self, input_ids: Tensor, position: Tensor) -> tuple[Tensor]:
+        """`logits` after one more token per row, `input_ids` [B,1], at `position` [B]."""
+        self.cache.lengths, self.cache.longest = position, 1  # independent of previous calls
         return (self.logits(input_ids),)

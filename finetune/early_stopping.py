@@ -27,7 +27,8 @@ class EarlyStopper:
         self.metric = metric
         self.sign = {"max": 1.0, "min": -1.0}[mode]
         self.config = config
-        self.best = self.reference = float("-inf")  # signed, so that higher is better
+        # Signed, so that higher is better; the reference is the last value that counts as a gain.
+        self.best = self.reference = float("-inf")
         self.waited = 0
 
     def update(self, metrics: dict[str, float]) -> bool:

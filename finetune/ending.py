@@ -75,7 +75,7 @@ def run(main: Callable[[], None], *, debug: bool = False, advice: str = "") -> N
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     if torchrun_ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
-    if not dist.is_torchelastic_launched():  # torchrun's processes end at once, even when blocked
+    if not dist.is_torchelastic_launched():  # under torchrun, even a blocked process must end
         for signum in set(SIGNALS) - {signal.SIGINT}:
             if signal.getsignal(signum) == signal.SIG_DFL:
                 signal.signal(signum, _interrupt)

@@ -46,10 +46,10 @@ class LineCounter:
 
 
 class Sequence:
-    """A text being generated, at most `longest` tokens long, with its own random generator."""
+    """The token ids of a text being generated, with its own random generator."""
 
-    def __init__(self, prompt: list[int], seed: tuple, longest: int, counter: LineCounter):
-        self.text, self.longest, self.counter = list(prompt), longest, counter
+    def __init__(self, prompt: list[int], seed: tuple, max_length: int, counter: LineCounter):
+        self.ids, self.max_length, self.counter = list(prompt), max_length, counter
         self.generator = np.random.default_rng(seed)
         self.complete_lines = counter.n_complete(prompt)
         self.is_finished = False
@@ -57,14 +57,14 @@ class Sequence:
     @property
     def n_lines(self) -> int:
         """The number of lines so far, including an incomplete last line."""
-        return self.complete_lines + (self.text[-1] not in self.counter.ends)
+        return self.complete_lines + (self.ids[-1] not in self.counter.ends)
 
     def add(self, token: int, end_of_text: int, max_lines: int) -> None:
-        """Append a token; finish at end of text, at `max_lines` lines or at `longest` tokens."""
-        self.text.append(token)
+        """Append a token; finish at end of text, at `max_lines` lines or `max_length` tokens."""
+        self.ids.append(token)
         if token in self.counter.ends:
-            self.complete_lines = self.counter.n_complete(self.text)
-        at_end = token == end_of_text or len(self.text) >= self.longest
+            self.complete_lines = self.counter.n_complete(self.ids)
+        at_end = token == end_of_text or len(self.ids) >= self.max_length
         self.is_finished = at_end or self.complete_lines >= max_lines
 
 
@@ -79,7 +79,7 @@ def choose_tokens(
 
     Tokens are sampled with the random numbers u [B,1], or else with the sequences' generators.
     """
-    texts = [sequence.text for sequence in sequences]
+    texts = [sequence.ids for sequence in sequences]
     if config.repetition_penalty != 1:
         logits = penalize_repetition(logits, texts, config.repetition_penalty)
     if config.no_repeat_ngram_size:
@@ -111,8 +111,8 @@ def generate(
     rows, u, n_steps = sequences, None, 0
     decoder_type = GPUDecoder if runtime.decodes_in_fixed_shapes else Decoder
     with prepacked(gpt, len(rows), runtime.autocast_dtype or torch.float32):
-        longest = max(s.longest for s in rows)
-        decoder = decoder_type(gpt, [s.text for s in rows], longest, runtime)
+        max_length = max(s.max_length for s in rows)
+        decoder = decoder_type(gpt, [s.ids for s in rows], max_length, runtime)
         numbers = None if decoder.removes_finished else random_numbers(rows, runtime.device)
         logits = decoder.prefill()
         while True:
@@ -130,7 +130,7 @@ def generate(
                 decoder.keep(torch.tensor(left, device=runtime.device))
             logits = decoder.read(tokens)
             n_steps += 1
-    return [s.text[:-1] if s.text[-1] == end_of_text else s.text for s in sequences]
+    return [s.ids[:-1] if s.ids[-1] == end_of_text else s.ids for s in sequences]
 
 
 def random_numbers(sequences: list[Sequence], device: torch.device) -> Tensor:
@@ -138,7 +138,7 @@ def random_numbers(sequences: list[Sequence], device: torch.device) -> Tensor:
 
     Copying one number per token to a GPU would make the host wait for it each time.
     """
-    rows = [torch.from_numpy(s.generator.random(s.longest - len(s.text))) for s in sequences]
+    rows = [torch.from_numpy(s.generator.random(s.max_length - len(s.ids))) for s in sequences]
     return pad_sequence(rows, batch_first=True).to(device)
 
 

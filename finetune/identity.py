@@ -11,8 +11,9 @@ from finetune.sampling import SamplingConfig
 from models.pretrained import fingerprint
 from modules.settings import UserError
 
-# Flags whose files determine the adapter, and all flags that name input files.
+# Flags whose files determine the adapter.
 DATA_FLAGS = ("para_train", "para_dev", "sonnet_path", "import_peft")
+# All flags that name input files.
 INPUT_FLAGS = (*DATA_FLAGS, "para_test", "held_out_sonnet_path", "dev_sonnet_path", "dev_gold_path")
 OUTPUT_FLAGS = ("para_dev_out", "para_test_out", "sonnet_out")
 # Flags that affect predictions but not the adapter.

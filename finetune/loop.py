@@ -102,7 +102,7 @@ def fit(
 class Trainer:
     """Optimizer steps: accumulation, clipping, schedule, and loss scaling for float16."""
 
-    bare_model: nn.Module
+    bare_model: nn.Module  # not wrapped in DistributedDataParallel
     loss_function: Callable[[nn.Module, Batch], Tensor]
     optimizer: torch.optim.Optimizer
     config: FitConfig

@@ -162,8 +162,9 @@ def chrf(poems: list[Sonnet], gold: list[Sonnet]) -> float:
 def sonnet_form(poems: list[Sonnet], sources: Iterable[Sonnet]) -> dict[str, float]:
     """How well the lines after the given ones keep a sonnet's form, and how much they copy.
 
-    `rhyming_pairs` is the share that rhymes of ABAB CDCD EFEF GG's pairs with a generated line;
-    `longest_copied_run` is the length in words of the longest run found in one of the `sources`.
+    `rhyming_pairs` is the share that rhymes, among ABAB CDCD EFEF GG's pairs that include a
+    generated line; `longest_copied_run` is the length in words of the longest run found in one of
+    the `sources`.
     """
     written = [poem.lines[GIVEN_LINES:] for poem in poems]
     syllables = [sum(map(count_syllables, words(line))) for lines in written for line in lines]

@@ -12,7 +12,7 @@ from datasets import TokenizedPairs
 from finetune import report
 from finetune.metrics import pair_table
 
-UNITS = {  # key of a run's record -> how its value is shown
+FORMATS = {  # key of a run's record -> how its value is shown
     "trainable_parameters": "{:,}",
     "train_seconds": "{:.1f} s",
     "examples_per_second": "{:,.1f} per second",
@@ -89,7 +89,7 @@ def format_table(record: dict[str, Any], files: dict[str, Path]) -> str:
     for name, value in final.items():
         gold = f" (Shakespeare {shakespeare[name]:.4g})" if name in shakespeare else ""
         rows[name] = f"{value:.4g}{gold}" if gold else f"{value:.4f}"
-    rows |= {name: unit.format(record[name]) for name, unit in UNITS.items() if name in record}
+    rows |= {name: form.format(record[name]) for name, form in FORMATS.items() if name in record}
     rows |= files
     names = [name.replace("_", " ") for name in rows]
     width = max(map(len, names))

@@ -234,8 +234,8 @@ def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
 def _split(adapter: LowRank, targets: tuple[str, ...]) -> dict[str, LowRank]:
     """Split a layer's adapter by target: each gets its rows of B without the all-zero columns.
 
-    This also gives each its own rows of the A that `export_peft` stacks. A fresh adapter, whose B
-    is zero, goes to all targets in full.
+    So each target gets its own rows of an A that `export_peft` stacked. A fresh adapter, whose B is
+    zero, goes to all targets in full.
     """
     parts = {}
     blocks = dict(zip(targets, adapter.B.chunk(len(targets)), strict=False))

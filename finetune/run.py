@@ -75,7 +75,10 @@ class Run:
             if not predicts_with_import(flags):
                 runtime.from_main(lambda: _check_trained(folder, identity))
         else:
-            if runtime.from_main(lambda: _is_done(folder, flags["overwrite"])):
+            if flags["overwrite"] and runtime.is_main:
+                for name in (RECORD, STATE):
+                    (folder / name).unlink(missing_ok=True)
+            if runtime.from_main(lambda: is_finished(folder)):
                 raise Finished(
                     f"{folder} is a finished run of this command: --predict_only writes its "
                     "predictions again, --overwrite trains it anew"
@@ -139,7 +142,7 @@ class Run:
         for key, content in contents.items():
             if key != "metrics":
                 files[self._kept(key)] = content
-            elif self.resume or is_finished(self.folder):  # not of a run that is still unfinished
+            elif self.resume or is_finished(self.folder):  # an unfinished run has no RECORD
                 files[self.folder / RECORD] = content
         folder = shown["metrics"].parent
         busy = f"another process has locked {folder}: try again once it has ended"
@@ -230,14 +233,6 @@ def find_run(run: str | Path, runs_dir: Path) -> Path:
     names = [folder.name for folder in found or folders]
     shown = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
     raise UserError(f"{str(run)!r} {fault}{': ' if names else ''}{shown}")
-
-
-def _is_done(folder: Path, overwrite: bool) -> bool:
-    """True for a finished run; with `overwrite`, record and state are removed first."""
-    if overwrite:
-        for name in (RECORD, STATE):
-            (folder / name).unlink(missing_ok=True)
-    return is_finished(folder)
 
 
 def _check_trained(folder: Path, identity: Identity) -> None:

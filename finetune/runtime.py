@@ -193,10 +193,10 @@ class Runtime:
 
 
 class DelayedMax:
-    """Called with a number at each step; returns the largest of all ranks at the step before, or
-    with a single rank the number itself.
+    """Lets all ranks stop for a signal at the same step.
 
-    All ranks get it at the same step without waiting, since the all-reduce overlaps the step.
+    Called with a number at each step, returns the largest of all ranks at the step before, so that
+    the all-reduce overlaps the step. With a single rank, returns the number itself.
     """
 
     def __init__(self, runtime: Runtime):

@@ -74,7 +74,7 @@ class GPT2Model(nn.Module):
         last_only: bool = False,
     ) -> dict[str, Tensor]:
         """Returns `last_hidden_state` [B,T,C], `last_token` [B,C], the state at each row's last
-        token, and `token_states` [N,C], all tokens row by row, then the padding in `token_index`.
+        token, and `token_states` [N,C], of all tokens row by row, then of `token_index`'s padding.
         With `last_only`, only `last_token`.
 
         `attention_mask` [B,T] is 1 where `input_ids` [B,T] holds a token; `token_index` is as in
@@ -89,7 +89,7 @@ class GPT2Model(nn.Module):
         if cache and cache.longest:
             bias = layout.attention_bias(cache.n_slots(layout.shape[1]))
         for i, layer in enumerate(self.gpt_layers):
-            # Rows with a single token have no others to skip.
+            # With a single token per row, as in decoding, there is nothing to skip.
             is_last = last_only and i + 1 == len(self.gpt_layers) and layout.shape[1] > 1
             if is_last:
                 bias = layout.last_attention_bias(bias)

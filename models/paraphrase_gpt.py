@@ -8,7 +8,7 @@ from models.gpt2 import GPT2Model
 
 
 class ParaphraseGPT(nn.Module):
-    """Logits of the two answers, class 0 "no" and class 1 "yes", from the last token's state."""
+    """Returns the logits of two answers, class 0 "no" and class 1 "yes", for each prompt."""
 
     def __init__(self, gpt: GPT2Model, answer_ids: tuple[int, int]):
         super().__init__()

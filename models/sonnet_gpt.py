@@ -7,7 +7,7 @@ from modules.next_token_loss import NextTokenLoss
 
 
 class SonnetGPT(nn.Module):
-    """Mean next-token loss over the tokens of a batch of poems."""
+    """Returns the mean next-token loss over the tokens of a batch of poems."""
 
     def __init__(self, gpt: GPT2Model):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Shared by LoRA and ReFT: find adapter parameters, freeze the rest, count, save and load."""
+"""Shared by LoRA and ReFT: find adapter parameters, freeze the rest, count them, copy them."""
 
 from torch import Tensor, nn
 

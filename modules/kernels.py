@@ -45,9 +45,9 @@ def accelerate(model: nn.Module) -> None:
       nn.Linear            oneDNN where MKL lacks code for the CPU; `prepacked` for decoding
       malloc               glibc keeps freed memory for the next step
 
-    Code that relies on a private PyTorch operator is first checked against the plain version. If
-    the operator is missing or gives different results, a message is printed and the plain module
-    stays. GPT2_ACCELERATE=0 in the environment keeps all modules plain.
+    Code that uses private PyTorch operators, and LoRA's backward on a GPU, is first checked against
+    the plain version. If an operator is missing or the results differ, a message is printed and the
+    plain module stays. GPT2_ACCELERATE=0 in the environment keeps all modules plain.
     """
     if os.environ.get(SWITCH) == "0":
         return

@@ -44,7 +44,7 @@ class KVCache:
         self.size, self.fixed_shapes = size, fixed_shapes
         self.layers = [LayerCache(self) for _ in range(n_layer)]
         self.lengths = torch.zeros(n_rows, dtype=torch.long, device=device)  # [B], cached tokens
-        self.longest = 0  # the maximum of `lengths` or more; a mere 1 in fixed shapes
+        self.longest = 0  # at least max(lengths); in fixed shapes it only matters whether it is 0
 
     def n_slots(self, n_new: int) -> int:
         """S, the number of slots that attention spans when each row gets up to `n_new` tokens."""

@@ -92,7 +92,7 @@ def _split(x: Tensor, n: int) -> Tensor:
 
 
 def _adapted(y: Tensor, parts: tuple[bool, ...]) -> Tensor:
-    """The adapted parts of [N,out] as a view [n,N,O]: any subset of three is evenly spaced."""
+    """The adapted parts of [N,out] as a view [n,N,O]; any subset of three is evenly spaced."""
     first, *more = (i for i, adapted in enumerate(parts) if adapted)
     step = more[0] - first if more else 1
     return _split(y, len(parts))[first : first + step * sum(parts) : step]

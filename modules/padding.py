@@ -10,7 +10,8 @@ from torch import Tensor
 class TokenLayout:
     """Where the N tokens of a batch are in its B rows, each of which starts at position 0.
 
-    Left padding and holes in a mask are closed up, so plain causal attention works for every mask.
+    Rows are those of the input with their gaps closed: left padding and holes in the mask are moved
+    to the end, so plain causal attention works for every mask.
     """
 
     shape: tuple[int, int]  # B, T
