@@ -68,7 +68,7 @@ def read_pairs(path: str | Path, has_labels: bool, limit: int | None = None) -> 
     path = Path(path)
     lines = read_lines(path)
     csv.field_size_limit(LONGEST_LINE)
-    layout = _layout(path, lines[0], has_labels)
+    layout = _layout(path, lines, has_labels)
     pairs, seen = Pairs(path, layout=layout.description), set()
     for line_number, row, oddities in _records(lines, layout):
         if limit is not None and len(pairs.ids) == limit:
@@ -97,13 +97,13 @@ def read_pairs(path: str | Path, has_labels: bool, limit: int | None = None) -> 
     return pairs
 
 
-def _layout(path: Path, header: str, has_labels: bool) -> Layout:
-    """The layout given by a file's header; raises UserError unless each column occurs exactly once.
+def _layout(path: Path, lines: list[str], has_labels: bool) -> Layout:
+    """The layout according to the header; raises UserError unless each column occurs exactly once.
 
-    GLUE's files, which are tab-separated with columns question1 and question2, have no quoting.
+    Of tab-separated files with columns question1 and question2, some have no quoting, as GLUE's.
     """
-    delimiter = "\t" if "\t" in header else ","
-    names = [name.strip().strip('"') for name in header.split(delimiter)]
+    delimiter = "\t" if "\t" in lines[0] else ","
+    names = [name.strip().strip('"') for name in lines[0].split(delimiter)]
     wanted = list(COLUMNS)[: 4 if has_labels else 3]
     columns = {want: [i for i, n in enumerate(names) if n in COLUMNS[want]] for want in wanted}
     missing = [want for want, found in columns.items() if not found]
@@ -115,13 +115,20 @@ def _layout(path: Path, header: str, has_labels: bool) -> Layout:
             f"{'; '.join(' or '.join(COLUMNS[want]) for want in wanted)}"
         )
     taken = tuple(found[0] for found in columns.values())
-    quoted = delimiter == "," or "question1" not in names
+    quoted = delimiter == "," or "question1" not in names or _has_quoted_fields(lines)
     description = ""
     if delimiter == "," or [names[i] for i in taken] != wanted:
         separated = "comma-separated" if delimiter == "," else "tab-separated"
         quoting = "" if quoted else ", quotes taken literally"
         description = f"{', '.join(names[i] for i in taken)} ({separated}{quoting})"
     return Layout(delimiter, quoted, len(names), taken, description)
+
+
+def _has_quoted_fields(lines: list[str]) -> bool:
+    """True if most fields of a tab-separated file that contain a quote are enclosed in quotes."""
+    fields = [field for line in lines if '"' in line for field in line.split("\t") if '"' in field]
+    enclosed = [field for field in fields if field[0] == field[-1] == '"' and len(field) > 1]
+    return 2 * len(enclosed) > len(fields)
 
 
 def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str], list[str]]]:
@@ -140,7 +147,8 @@ def _records(lines: list[str], layout: Layout) -> Iterator[tuple[int, list[str],
                 fields = next(reader)
             except csv.Error:
                 fields = []
-            if len(fields) == layout.n_fields and not any("\t" in value for value in fields):
+            is_merged = layout.delimiter == "\t" and any("\t" in value for value in fields)
+            if len(fields) == layout.n_fields and (reader.line_num == 1 or not is_merged):
                 row, length = fields, reader.line_num
             else:
                 oddities = ["invalid CSV quotes"]

@@ -108,24 +108,34 @@ def _is_title(line: str) -> bool:
 
 
 def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
-    """The poems of a file, without Project Gutenberg's header and footer.
+    """The poems of a file, or of its first Project Gutenberg book, without header and footer.
 
-    An all-caps line below a blank one starts another work, skipped up to the next higher number.
+    An end, or a title in capitals, below a blank line starts other text, which is skipped up to a
+    higher number, unless that number continues a sequence in the skipped text.
     """
-    begin = max((i + 1 for i, line in enumerate(lines) if START.match(line)), default=0)
-    lines = [""] * begin + lines[begin:]
+    books = [i for i, line in enumerate(lines) if START.match(line)]
+    if books[1:]:
+        print(f"{path}, line {books[1] + 1}: left out the second Project Gutenberg book")
+        lines = lines[: books[1]]
+    if books:
+        lines = [""] * (books[0] + 1) + lines[books[0] + 1 :]
     starts = _starts(lines)
     poems: list[_Poem] = []
-    is_open = False  # whether lines belong to the last poem
+    is_open, skipped = False, -1  # whether lines belong to the last poem; the last number skipped
     for i, line in enumerate(lines):
-        if i in starts and (is_open or not poems or starts[i] > poems[-1].number):
-            poems.append(_Poem(starts[i], i + 1, []))
-            is_open = True
-        elif is_open and poems[-1].lines and not lines[i - 1].strip() and END.fullmatch(line):
-            break
-        elif is_open and poems[-1].lines and not lines[i - 1].strip() and _is_title(line):
-            print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
-            is_open = False
+        is_end = bool(END.fullmatch(line))
+        is_below_blank = is_open and poems[-1].lines and not lines[i - 1].strip()
+        if i in starts:
+            is_next = not poems or (starts[i] > poems[-1].number and starts[i] != skipped + 1)
+            if is_open or is_next:
+                poems.append(_Poem(starts[i], i + 1, []))
+                is_open = True
+            else:
+                skipped = starts[i]
+        elif is_below_blank and (is_end or _is_title(line)):
+            is_open, skipped = False, -1
+            if not is_end or any(j > i and starts[j] > poems[-1].number for j in starts):
+                print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
         elif is_open:
             poems[-1].lines.extend(poem_lines(line))
     return poems

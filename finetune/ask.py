@@ -6,7 +6,9 @@ python -m finetune.ask RUN --temperature 0.8 < lines.txt     # three lines per p
 """
 
 import argparse
+import io
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
     if sys.stdin.isatty() and not args.text:
         print(f"Type {run.n_lines} lines per answer; Ctrl-D quits.", file=sys.stderr)
     group: list[str] = []
-    for line in args.text or sys.stdin:
+    for line in lines_of(args.text or sys.stdin):
         if line.strip():
             group.append(line.strip())
         if len(group) == run.n_lines:
@@ -179,6 +181,18 @@ def main(args: argparse.Namespace) -> None:
             group = []
     if group:
         raise UserError(f"this run takes {run.n_lines} lines at a time; left over: {group}")
+
+
+def lines_of(text: Iterable[str]) -> Iterator[str]:
+    """The lines of arguments or standard input; raises UserError unless they are UTF-8."""
+    if isinstance(text, io.TextIOWrapper):
+        text.reconfigure(encoding="utf-8-sig")
+    try:
+        for line in text:
+            line.encode()  # fails for an argument that Python could not decode
+            yield line
+    except UnicodeError:
+        raise UserError("the text is not UTF-8") from None
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

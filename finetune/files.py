@@ -50,7 +50,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for file in temporary.iterdir():
+            for file in filter(Path.is_file, temporary.rglob("*")):
                 file.chmod(0o644)  # safetensors makes its files unreadable to other users
                 _flush_to_disk(file)
             if not _same_files(temporary, path):

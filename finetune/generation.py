@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.sonnets import Sonnet, poem_lines
+from data.sonnets import GIVEN_LINES, Sonnet, poem_lines
 from datasets import tokenize_prompts
 from finetune.decoder import Decoder, GPUDecoder
 from finetune.runtime import Runtime
@@ -36,8 +36,9 @@ class LineCounter:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "LineCounter":
-        """For a byte-level BPE, whose vocabulary writes a newline as Ċ."""
-        ends = frozenset(token for text, token in tokenizer.get_vocab().items() if "Ċ" in text)
+        """For a byte-level BPE, which writes a newline as Ċ, except in added tokens."""
+        vocabulary = tokenizer.get_vocab().items()
+        ends = frozenset(token for text, token in vocabulary if "Ċ" in text or "\n" in text)
         return cls(ends, tokenizer.backend_tokenizer.decode)
 
     def n_complete(self, text: list[int]) -> int:
@@ -168,7 +169,9 @@ class SonnetGenerator:
         ]
         own, end_of_text = self.runtime.shard(sequences), self.tokenizer.eos_token_id
         texts = generate(self.gpt, own, end_of_text, self.config, self.runtime)
-        return [
-            Sonnet(sonnet.number, tuple(poem_lines(counter.decode(text))[: self.config.max_lines]))
-            for sonnet, text in zip(sonnets, self.runtime.gather(texts), strict=True)
-        ]
+        poems = []
+        for sonnet, text in zip(sonnets, self.runtime.gather(texts), strict=True):
+            written = poem_lines(counter.decode(text))[len(poem_lines(sonnet.prompt)) :]
+            lines = (*sonnet.lines[:GIVEN_LINES], *written)  # a tokenizer may change the given ones
+            poems.append(Sonnet(sonnet.number, lines[: self.config.max_lines]))
+        return poems

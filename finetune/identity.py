@@ -72,7 +72,8 @@ def _determining_flags(flags: dict[str, Any]) -> dict[str, Any]:
     decisive = {}
     for name, value in flags.items():
         if name == "import_peft" and value:
-            decisive[name] = [_sha256_of_file(path) for path in sorted(value.glob("adapter_*"))]
+            files = filter(Path.is_file, sorted(value.glob("adapter_*")))
+            decisive[name] = [_sha256_of_file(path) for path in files]
         elif name in DATA_FLAGS and value:
             decisive[name] = _sha256_of_file(value)
         elif name not in PREDICTION_FLAGS | RUNTIME_FLAGS | OTHER_FLAGS:

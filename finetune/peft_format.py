@@ -226,9 +226,9 @@ def _alpha(config: dict[str, Any], module: str, path: Path) -> float:
     with contextlib.suppress(Exception):  # an invalid pattern can raise many kinds of error
         matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
         alpha = float(patterns.get(next(matching, None), config["lora_alpha"]))
-        if math.isfinite(alpha):
+        if math.isfinite(alpha) and alpha > 0:
             return alpha
-    raise UserError(f"{path}: lora_alpha and alpha_pattern give no finite alpha for {module}")
+    raise UserError(f"{path}: lora_alpha and alpha_pattern give {module} no finite, positive alpha")
 
 
 def _split(adapter: LowRank, targets: tuple[str, ...]) -> dict[str, LowRank]:

@@ -43,21 +43,22 @@ HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 
 
 def find_checkpoint(name_or_folder: str | Path) -> Path:
-    """The folder of a checkpoint, given a size in SIZES or the folder itself.
+    """The folder of a checkpoint, given the name of a size in SIZES or the folder itself.
 
-    All but the bundled size come from the Hugging Face cache or, failing that, the hub. Raises
-    UserError if there is no such folder or size, or the hub does not answer.
+    A Path is always a folder, even if it has the name of a size. Sizes other than the bundled one
+    come from the Hugging Face cache or, failing that, the hub. Raises UserError if there is no such
+    folder or size, or the hub does not answer.
     """
-    name = str(name_or_folder)
-    if name == "gpt2-nano":
+    if name_or_folder == "gpt2-nano":
         return BUNDLED
-    if name in SIZES:
-        return _find_in_cache(name) or _fetch(name)
-    if Path(name).is_dir():
-        return Path(name)
+    if name_or_folder in SIZES:
+        return _find_in_cache(name_or_folder) or _fetch(name_or_folder)
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    sizes = ", ".join(SIZES)
     raise UserError(
-        f"{name} is neither a folder nor one of the models {', '.join(SIZES)}; for another model "
-        "on the hub, run `hf download MODEL --local-dir FOLDER` and pass --model_path FOLDER"
+        f"{name_or_folder} is neither a folder nor one of the models {sizes}; for another model on "
+        "the hub, run `hf download MODEL --local-dir FOLDER` and pass --model_path FOLDER"
     )
 
 

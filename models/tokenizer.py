@@ -71,9 +71,10 @@ def _read(folder: Path) -> "Tokenizer":
     backend.no_truncation()
     backend.no_padding()
     backend.model.dropout = None  # it would make the ids random
-    if "Ċ" not in "".join(backend.encode("a\na", add_special_tokens=False).tokens):
-        raise ValueError("it is not a byte-level BPE that preserves line breaks")
     backend.decoder = decoders.ByteLevel()
+    text = backend.decode(backend.encode("a\na\n", add_special_tokens=False).ids)
+    if "Ċ" not in backend.get_vocab(with_added_tokens=False) or text.count("\n") < 2:
+        raise ValueError("it is not a byte-level BPE that preserves line breaks")
     if backend.decode(backend.encode("a", add_special_tokens=False).ids) == " a":
         without_blank = decoders.Strip(" ", left=1, right=0)
         backend.decoder = decoders.Sequence([backend.decoder, without_blank])
@@ -99,13 +100,13 @@ def _fit(tokenizer: "Tokenizer", folder: Path, vocab_size: int) -> "Tokenizer":
         return tokenizer
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
-    fitting = PreTrainedTokenizerFast(
+    vocabulary, special = tokenizer.get_vocab(), tokenizer.special_tokens_map
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)),
         split_special_tokens=tokenizer.split_special_tokens,
+        model_max_length=tokenizer.model_max_length,
+        **{k: v for k, v in special.items() if vocabulary.get(str(v), vocab_size) < vocab_size},
     )
-    if tokenizer.eos_token in fitting.get_vocab():
-        fitting.eos_token = tokenizer.eos_token
-    return fitting
 
 
 def _name_end_of_text(tokenizer: "Tokenizer", folder: Path) -> None:

@@ -106,6 +106,30 @@ def test_a_quote_is_a_character_in_glues_qqp(tmp_path):
     assert pairs.left_out == {"the wrong number of fields": [3]}
 
 
+def test_quotes_of_quoras_tab_separated_file_are_as_in_csv(tmp_path):
+    text = (
+        '"id"\t"question1"\t"question2"\n'
+        '"0"\t"What is ""it""?"\t"B?"\n'
+        '"1"\t"two\nlines"\tIt costs 5"?\n'
+    )
+    pairs = read_pairs(write(tmp_path, text), has_labels=False)
+    assert (pairs.ids, pairs.second) == (["0", "1"], ["B?", 'It costs 5"?'])
+    assert pairs.first == ['What is "it"?', "two\nlines"]
+    assert pairs.summary().endswith("2 pairs from id, question1, question2 (tab-separated)")
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_tab_in_quotes_is_part_of_a_question(tmp_path, delimiter):
+    text = (
+        HEADER + 'a\t"Is it\tone?"\tTwo?\t1\n'
+        if delimiter == "\t"
+        else ('id,sentence1,sentence2,is_duplicate\na,"Is it\tone?",Two?,1\n')
+    )
+    pairs = read_pairs(write(tmp_path, text), has_labels=True)
+    assert rows(pairs) == [("a", "Is it\tone?", "Two?", 1)]
+    assert pairs.kept == {}
+
+
 def test_kaggles_test_file_is_read(tmp_path):
     text = '"test_id","question1","question2"\n0,"A, or\nB?","C?"\n1,"","D?"\n'
     pairs = read_pairs(write(tmp_path, text), has_labels=False)

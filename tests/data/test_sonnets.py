@@ -129,6 +129,36 @@ def test_another_work_is_left_out_with_a_line_up_to_a_number_that_runs_on(tmp_pa
     )
 
 
+def numbered(numbers, n_lines=14):
+    return "".join(f"{number}\n\n{poem(n_lines)}\n" for number in numbers)
+
+
+def test_of_two_gutenberg_books_the_first_is_read(tmp_path, capsys):
+    books = [GUTENBERG.format(numbered(range(1, 11))), GUTENBERG.format(numbered(range(1, 21)))]
+    path = sonnet_file(tmp_path, "".join(books))
+    assert [poem.number for poem in read_sonnets(path)] == [*range(1, 11)]
+    line = (tmp_path / "sonnets.txt").read_text().rpartition("*** START")[0].count("\n") + 1
+    said = capsys.readouterr().out
+    assert said == f"{path}, line {line}: left out the second Project Gutenberg book\n"
+
+
+@pytest.mark.parametrize("end", ["THE END", "FINIS.", "The end of all\n\nTHE END!"])
+def test_poems_after_an_end_that_run_on_are_read(tmp_path, capsys, end):
+    text = f"{numbered(range(1, 11))}{end}\n\nVolume two\n\n{numbered(range(11, 21))}THE END\n"
+    path = sonnet_file(tmp_path, text)
+    assert [poem.number for poem in read_sonnets(path)] == [*range(1, 21)]
+    assert (
+        f": left out {end.rpartition(chr(10))[2]!r} and the text below" in capsys.readouterr().out
+    )
+
+
+def test_a_second_sequence_does_not_run_on_the_first(tmp_path, capsys):
+    parts = [numbered(range(1, 11)), "IDEA\n\n", numbered(range(1, 21))]
+    path = sonnet_file(tmp_path, "DELIA\n\n" + "".join(parts))
+    assert [poem.number for poem in read_sonnets(path)] == [*range(1, 11)]
+    assert "left out 'IDEA' and the text below it" in capsys.readouterr().out
+
+
 def test_a_poem_out_of_line_with_the_others_is_named(tmp_path, capsys):
     lengths = {97: 14, 98: 13, 99: 15, 200: 14, 101: 14, 102: 14, 103: 14, 104: 14, 126: 12}
     path = sonnet_file(tmp_path, "".join(f"{n}\n{poem(k)}" for n, k in lengths.items()))

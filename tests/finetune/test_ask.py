@@ -79,6 +79,20 @@ def test_questions_come_as_arguments_or_by_a_pipe(pairs_run, capsys, monkeypatch
         said(capsys, monkeypatch, runs, "--seed", "3", "reft-gpt2", *questions)
 
 
+def test_a_pipe_must_be_utf8_and_may_have_a_mark(pairs_run, capsys, monkeypatch):
+    def pipe(content: bytes, *argv: str) -> str:
+        stdin = io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        ask.main(ask.get_args(["--runs_dir", str(pairs_run / "runs"), *argv]))
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert pipe(b"\xef\xbb\xbfOne?\nTwo?\n") == pipe(b"One?\nTwo?\n")
+    with pytest.raises(UserError, match="the text is not UTF-8"):
+        pipe(b"caf\xe9?\nTwo?\n")
+    with pytest.raises(UserError, match="the text is not UTF-8"):
+        pipe(b"", "reft-gpt2", "caf\udce9?", "Two?")
+
+
 def test_lines_by_a_pipe_become_a_poem(poems_run, capsys, monkeypatch):
     text = said(capsys, monkeypatch, poems_run / "runs", "--greedy", stdin="\n".join(LINES))
     assert text.splitlines()[:3] == LINES

@@ -1,8 +1,11 @@
 """Decoding against `transformers.generate`, and the poems that it writes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from tokenizers import normalizers
 
 from data.sonnets import Sonnet, read_sonnets
 from datasets import tokenize_prompts
@@ -11,6 +14,7 @@ from finetune.runtime import Runtime
 from finetune.sampling import SamplingConfig
 from models.gpt2 import GPT2Model
 from models.pretrained import BUNDLED
+from models.tokenizer import load_tokenizer
 from modules.kernels import accelerate
 from modules.kv_cache import LayerCache
 from modules.lora import LoRAConfig, add_lora
@@ -211,6 +215,24 @@ def test_numbers_and_blank_lines_do_not_count_as_lines(generator, nano_tokenizer
     assert row.complete_lines == 2
     row.add(nano_tokenizer.encode("Three")[0], END, 14)
     assert (row.complete_lines, row.n_lines) == (2, 3)
+
+
+def test_given_lines_stay_as_they_are(generator):
+    tokenizer = load_tokenizer(BUNDLED)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lines = ("From Fairest CREATURES", "12", "we desire increase")
+    (poem,) = replace(generator, tokenizer=tokenizer).write([Sonnet(1, lines)])
+    assert poem.lines[:3] == lines
+    assert len(poem.lines) == 14
+
+
+def test_a_line_break_may_be_an_added_token():
+    tokenizer = load_tokenizer(BUNDLED)
+    tokenizer.add_tokens(["\n\n"])
+    counter = LineCounter.of(tokenizer)
+    row = Sequence(tokenizer.encode("One\nTwo\n\n"), (0,), 99, counter)
+    assert row.ids[-1] == len(tokenizer) - 1
+    assert (row.complete_lines, row.n_lines) == (2, 2)
 
 
 def test_a_line_is_complete_at_its_end_even_if_the_token_begins_the_next():

@@ -54,6 +54,15 @@ def test_runs_differ_by_what_decides_the_adapter(flags):
     assert same == (flags in SAME)
 
 
+def test_another_adapter_in_a_peft_folder_does_not_count(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    alone = identity("--import_peft", tmp_path).digest
+    (tmp_path / "adapter_b").mkdir()
+    assert identity("--import_peft", tmp_path).digest == alone
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert identity("--import_peft", tmp_path).digest != alone
+
+
 def test_runs_that_differ_in_their_seeds_alone_have_one_recipe():
     assert identity("--seed", 2).recipe == identity("--seed", 3).recipe
     assert identity("--seed", 2, "--lr", 0.1).recipe != identity("--seed", 2).recipe

@@ -1,5 +1,6 @@
 """Adapters to PEFT and from it, and merged checkpoints, against PEFT and transformers."""
 
+import copy
 import json
 import shutil
 from dataclasses import fields
@@ -263,8 +264,9 @@ def use_bin(folder, state):
         (lambda f: use_bin(f, Evil(f / "harm")), "adapter_model.bin holds .*could run code"),
         (lambda f: use_bin(f, {"a": IDS}), "a is not a LoRA weight of"),
         (lambda f: use_bin(f, {KEY: "text"}), "lora_A.weight is not a dense tensor"),
-        (lambda f: damage_config(f, alpha_pattern={"attn.c_proj": 10**400}), "no finite alpha"),
-        (lambda f: damage_config(f, alpha_pattern={"c_proj": float("inf")}), "no finite alpha"),
+        (lambda f: damage_config(f, alpha_pattern={"attn.c_proj": 10**400}), "no finite, positive"),
+        (lambda f: damage_config(f, alpha_pattern={"c_proj": float("inf")}), "no finite, positive"),
+        (lambda f: damage_config(f, alpha_pattern={"c_proj": 0}), "no finite, positive alpha"),
         (lambda f: damage_weights(f, lambda t: {}), "contains no adapter"),
     ],
 )  # fmt: skip
@@ -310,6 +312,16 @@ def test_a_merged_checkpoint_is_complete_and_gives_the_same_logits(
     ):
         text = "Shall I compare thee\nto a summer's day?"
         assert tokenizer(text)["input_ids"] == nano_tokenizer(text)["input_ids"]
+
+
+def test_a_merged_checkpoint_has_chat_templates(gpt, hf_folder, nano_tokenizer, tmp_path):
+    add_lora(gpt, LoRAConfig(rank=2))
+    tokenizer = copy.deepcopy(nano_tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ tools }}"}
+    export_merged(gpt, LoRAConfig(rank=2), hf_folder, tokenizer, tmp_path / "merged")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").rglob("*")}
+    assert modes.pop("additional_chat_templates") & 0o111
+    assert modes["other.jinja"] == modes["model.safetensors"] == 0o644
 
 
 def test_weights_that_a_run_rounded_are_not_exported(gpt, hf_folder, nano_tokenizer, tmp_path):

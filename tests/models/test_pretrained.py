@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +238,16 @@ def test_an_unknown_name_is_refused_with_what_to_write_instead(name):
         match=f"^{name} is neither a folder nor one of the models gpt2, .* `hf download MODEL",
     ):
         find_checkpoint(name)
+
+
+def test_a_path_is_a_folder_even_if_it_has_the_name_of_a_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("gpt2-nano") == BUNDLED
+    with pytest.raises(UserError, match="^gpt2-nano is neither a folder nor"):
+        find_checkpoint(Path("gpt2-nano"))
+    for name in ("gpt2-nano", "gpt2"):
+        Path(name).mkdir()
+        assert find_checkpoint(Path(name)) == Path(name)
 
 
 UNREACHABLE = {

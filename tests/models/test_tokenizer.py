@@ -146,7 +146,6 @@ WHOLE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False)
 blank = setter("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))
 lower = setter("normalizer", normalizers.Lowercase())
-strip = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
 llama = sequence(pre_tokenizers.Split(Regex(SPLIT), "isolated"), WHOLE)
 PREFIX = {"add_prefix_space": True}
 BEGIN = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
@@ -167,7 +166,8 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "lower case as GPT2": lambda d: save(d, lower, tokenizer_class="GPT2Tokenizer"),
     "lower case as backend": lambda d: save(d, lower, tokenizer_class="TokenizersBackend"),
     "NFC": lambda d: save(d, setter("normalizer", normalizers.NFC())),
-    "NFKC and a strip": lambda d: save(d, setter("normalizer", strip)),
+    "NFKC": lambda d: save(d, setter("normalizer", normalizers.NFKC())),
+    "line break as an added token": lambda d: save(d, lambda t: t.add_tokens(["\n", "\n\n"])),
     "no regex": lambda d: save(d, setter("pre_tokenizer", WHOLE)),
     "prefix blank": lambda d: save(d, blank),
     "GPT2 without its prefix blank": lambda d: save(d, blank, tokenizer_class="GPT2TokenizerFast"),
@@ -259,7 +259,7 @@ def test_an_added_token_without_an_embedding_is_read_as_text(folder, vocab_size)
         has_row = names.index(name) < vocab_size - 8192
         assert (ids == encode([text], plain)[0]) == (not has_row)
     assert encode(["<|endoftext|> x"], tokenizer) == encode(["<|endoftext|> x"], plain)
-    assert tokenizer.eos_token_id == plain.eos_token_id
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == plain.eos_token_id
 
 
 def test_unused_ids_are_the_rows_that_no_text_ends_up_in(folder):
@@ -321,6 +321,10 @@ REFUSED = {
     "unigram": (other_model(models.Unigram([("<unk>", 0.0)], 0)), "it is not a byte-level BPE$"),
     "metaspace": (
         other_model(models.BPE({"a": 0}, [])),
+        "not a byte-level BPE that preserves line",
+    ),
+    "stripped texts": (
+        lambda d: save(d, setter("normalizer", normalizers.Strip())),
         "not a byte-level BPE that preserves line",
     ),
     "wordpiece": (wordpiece, "the tokenizer in .* cannot be used"),
