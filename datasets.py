@@ -5,7 +5,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,17 +80,16 @@ def tokenize_pairs(pairs: Pairs, tokenizer: "Tokenizer", max_length: int) -> Tok
         part = slice(start, start + 1024)
         questions = list(zip(pairs.first[part], pairs.second[part], strict=True))
         rows = encode([make_prompt(*pair) for pair in questions], tokenizer)
-        for i, ids in enumerate(rows):
+        for pair, ids in zip(questions, rows, strict=True):
             if len(ids) > max_length:
-                rows[i] = _shorten(*questions[i], tokenizer, max_length)
+                ids = _shorten(*pair, tokenizer, max_length)
                 n_shortened += 1
-        tokens.extend(chain.from_iterable(rows))
-        lengths += map(len, rows)
-    ends = np.cumsum(lengths)
+            tokens.extend(ids)
+            lengths.append(len(ids))
     return TokenizedPairs(
         pairs,
         tokens=np.frombuffer(tokens, dtype=np.int32),
-        starts=ends - lengths,
+        starts=np.cumsum(lengths) - lengths,
         lengths=np.asarray(lengths),
         labels=np.asarray(pairs.labels) if pairs.labels else None,
         n_shortened=n_shortened,
@@ -131,6 +129,7 @@ class Share(NamedTuple):
     """The size of a global batch, and the share that one rank's shard has in its mean loss."""
 
     n_examples: int
+    n_targets: int  # terms of the loss
     weight: float
 
 
@@ -176,8 +175,9 @@ class Batches:
         """
         for rows in self.rows(number):
             own = rows[self.rank :: self.world_size]
-            weight = self.n_targets[own].sum() / self.n_targets[rows].sum()
-            yield self.make_batch(own if len(own) else rows[:1]), Share(len(rows), float(weight))
+            total = int(self.n_targets[rows].sum())
+            weight = float(self.n_targets[own].sum() / total)
+            yield self.make_batch(own if len(own) else rows[:1]), Share(len(rows), total, weight)
 
 
 class PairBatches(Batches):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from finetune.early_stopping import EarlyStoppingConfig
 from finetune.identity import INPUT_FLAGS, OUTPUT_FLAGS
 from finetune.loop import FitConfig
+from finetune.run import shown_files
 from finetune.runtime import RuntimeConfig
 from finetune.sampling import SamplingConfig
 from models.config import SIZES
@@ -94,7 +95,7 @@ def parse(
         if isinstance(value, list):  # a list of tuples, collected by `nargs`
             setattr(args, name, tuple(part for parts in value for part in parts))
     try:
-        _check_conflicts(args, parser.get_default)
+        _check_conflicts(args, shown_files(vars(args), method, task), parser.get_default)
     except UserError as error:
         parser.error(str(error))
     return args
@@ -243,7 +244,9 @@ def _not_for_reft(text: str) -> Path:
     )
 
 
-def _check_conflicts(args: argparse.Namespace, default: Callable[[str], Any]) -> None:
+def _check_conflicts(
+    args: argparse.Namespace, shown: dict[str, Path], default: Callable[[str], Any]
+) -> None:
     """Raise UserError for flags that are valid on their own but not together."""
     modes = [name for name in ("predict_only", "resume", "overwrite") if getattr(args, name)]
     if len(modes) > 1:
@@ -257,21 +260,22 @@ def _check_conflicts(args: argparse.Namespace, default: Callable[[str], Any]) ->
     given_least = getattr(args, "min_lines", None) != default("min_lines")
     if given_least and args.min_lines > args.max_lines:
         raise UserError(f"--min_lines {args.min_lines} exceeds --max_lines {args.max_lines}")
-    seen = {os.path.realpath(path): name for name, path in _given(args, INPUT_FLAGS).items()}
-    for name, path in _given(args, OUTPUT_FLAGS).items():
+    _check_paths(args, shown)
+
+
+def _check_paths(args: argparse.Namespace, shown: dict[str, Path]) -> None:
+    """Raise UserError if a run would overwrite its own files, or export among other files."""
+    inputs = {f"--{name}": getattr(args, name, None) for name in INPUT_FLAGS}
+    seen = {os.path.realpath(path): name for name, path in inputs.items() if path}
+    outputs = {f"--{n}" if n in OUTPUT_FLAGS else f"the {n} file": p for n, p in shown.items()}
+    for name, path in outputs.items():
         other = seen.setdefault(os.path.realpath(path), name)
         if other != name:
-            raise UserError(f"--{name} and --{other} are the same file, {path}")
-    folders = _given(args, ("export_peft", "export_merged"))
-    if len(set(map(os.path.realpath, [*folders.values(), "."]))) <= len(folders):
-        raise UserError(
-            "--export_peft and --export_merged need separate folders, other than the current one"
-        )
+            raise UserError(f"{name} and {other} are the same file, {path}")
+    folders = {f"--{n}": getattr(args, n) for n in ("export_peft", "export_merged")}
+    folders = {name: folder for name, folder in folders.items() if folder}
+    others = outputs | {"--runs_dir": args.runs_dir, "the current folder": Path(".")} | folders
     for name, folder in folders.items():
-        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if not (args.resume or is_free):  # a resumed run may have written it already
-            raise UserError(f"--{name}: {str(folder)!r} already exists and is not an empty folder")
-
-
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Path]:
-    return {name: getattr(args, name) for name in names if getattr(args, name, None)}
+        for other, path in others.items():
+            if other != name and path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{name} needs a folder of its own, but {other} is in {folder}")

@@ -18,7 +18,7 @@ import torch
 
 import datasets
 from data.pairs import Pairs
-from data.sonnets import GIVEN_LINES, Sonnet
+from data.sonnets import GIVEN_LINES, Sonnet, poem_lines
 from finetune import arguments, ending, runtime
 from finetune.checkpoint import load_adapter
 from finetune.generation import SonnetGenerator
@@ -97,8 +97,10 @@ class SonnetWriter:
     def write(self, lines: list[str]) -> list[str]:
         """The lines of a poem that begins with the three given lines."""
         lines = [line.strip() for line in lines]
-        if len(lines) != GIVEN_LINES or not all(lines):
-            raise UserError(f"a poem needs {GIVEN_LINES} non-empty lines to start from")
+        if len(lines) != GIVEN_LINES or poem_lines("\n".join(lines)) != lines:
+            raise UserError(
+                f"a poem needs {GIVEN_LINES} lines to start from, none of them blank or a number"
+            )
         self.n_written += 1
         (poem,) = self.generator.write([Sonnet(0, tuple(lines))], sample=self.n_written)
         return list(poem.lines)
@@ -112,22 +114,27 @@ def load(
     run: str | Path | None = None,
     *,
     runs_dir: str | Path | None = None,
+    model_path: str | Path | None = None,
     use_gpu: bool = False,
     seed: int | None = None,
     **decoding: Any,
 ) -> Paraphraser | SonnetWriter:
     """Load a finished run, given its name, a prefix of it, or its folder; None is the newest.
 
-    `runs_dir` defaults to the project's. `decoding` overrides fields of the run's
-    `SamplingConfig`, `seed` the run's seed. Raises UserError if there is no such run, or if its
-    base checkpoint has changed.
+    `runs_dir` defaults to the project's, `model_path` to where the run found its base checkpoint.
+    For a run of sonnets, `decoding` overrides fields of its `SamplingConfig`, `seed` its seed.
+    Raises UserError if there is no such run, or if its base checkpoint has changed.
     """
     folder = _find_finished(run, Path(runs_dir or arguments.project_path("runs")))
     record = read_record(folder)
     flags = record["arguments"]
-    config = RuntimeConfig(use_gpu=use_gpu, precision=flags["precision"])
-    machine = runtime.start(config, flags["seed"])
-    base = find_checkpoint(flags["model_path"] or flags["model_size"])
+    if record["task"] == "paraphrase" and (decoding or seed is not None):
+        raise UserError("decoding flags and --seed are only for runs that write sonnets")
+    needs_gpu = flags["precision"] == "fp16"
+    precision = "auto" if needs_gpu and not use_gpu else flags["precision"]
+    machine = runtime.start(RuntimeConfig(use_gpu=use_gpu, precision=precision), flags["seed"])
+    own = model_path or flags["model_path"]
+    base = find_checkpoint(Path(own) if own else flags["model_size"])
     if fingerprint(base) != record["base"]:
         raise UserError(f"{base} is no longer the checkpoint that {folder.name} was trained on")
     gpt = GPT2Model.from_pretrained(base)
@@ -139,11 +146,13 @@ def load(
     if record["task"] == "paraphrase":
         loaded = Paraphraser(gpt, tokenizer, machine)
     else:
+        if decoding.keys() & {"temperature", "top_p"}:
+            decoding = {"greedy": False} | decoding
         sampling = replace(_config(SamplingConfig, flags | record["predicted_with"]), **decoding)
         seed = flags["seed"] if seed is None else seed
         loaded = SonnetWriter(gpt, tokenizer, sampling, seed, machine)
     identity = {key: record[key] for key in ("method", "task", "base")}
-    load_adapter(adapter_path(folder), loaded.model, identity, machine)
+    load_adapter(adapter_path(folder, record["name"]), loaded.model, identity, machine)
     loaded.model.to(machine.device)
     accelerate(loaded.model)
     return loaded
@@ -166,10 +175,14 @@ def _config(kind: type, values: dict[str, Any]) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     given = {f.name: getattr(args, f.name) for f in fields(SamplingConfig)}
-    decoding = {name: value for name, value in given.items() if value is not None}
-    run = load(args.run, runs_dir=args.runs_dir, use_gpu=args.use_gpu, seed=args.seed, **decoding)
-    if isinstance(run, Paraphraser) and (decoding or args.seed is not None):
-        raise UserError("decoding flags and --seed are only for runs that write sonnets")
+    run = load(
+        args.run,
+        runs_dir=args.runs_dir,
+        model_path=args.model_path,
+        use_gpu=args.use_gpu,
+        seed=args.seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     if sys.stdin.isatty() and not args.text:
         print(f"Type {run.n_lines} lines per answer; Ctrl-D quits.", file=sys.stderr)
     group: list[str] = []
@@ -209,10 +222,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "folder of the runs [%(default)s]"
     default = arguments.project_path("runs")
     parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
+    help = "where the run's base checkpoint is now [where the run found it]"
+    parser.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
     parser.add_argument("--use_gpu", action="store_true", help="use CUDA, or else Apple's MPS")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the poems [the run's]")
     arguments.add_settings(parser, "generation [the run's settings]", SamplingConfig, optional=True)
-    return parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.seed is not None and args.seed < 0:
+        parser.error(f"argument --seed: {args.seed} is not a whole number of 0 or more")
+    return args
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python -m finetune.compare --csv runs.csv --png runs.png
 import argparse
 import csv
 import io
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from finetune import ending, identity, report, run
 from finetune.arguments import HelpFormatter, project_path
 from finetune.files import write_files
+from finetune.sampling import SamplingConfig
+from modules.settings import UserError
 
 SCORES = {  # task -> column -> key in a record's final metrics; runs are ranked by the first
     "paraphrase": {"accuracy": "dev_accuracy", "macro_f1": "dev_macro_f1", "dev_loss": "dev_loss"},
-    "sonnet": {"val_loss": "val_loss", "dev_loss": "dev_loss", "chrf": "dev_chrf"},
+    "sonnet": {"dev_loss": "dev_loss", "val_loss": "val_loss", "chrf": "dev_chrf"},
 }
 FORMATS = {  # column -> format in the table; the model is in the run names below it
     **{"n": "", "method": "", "model": "", "rank": "", "trainable": ",", "lr": "g", "epochs": ""},
@@ -29,23 +32,27 @@ MORE_IS_BETTER = {"accuracy", "macro_f1", "chrf"}
 # Flags that have a column, or do not affect the adapter.
 NOT_COMPARED = {"seed", "lr", "epochs", "lora_rank", "reft_rank"}
 NOT_COMPARED |= identity.PREDICTION_FLAGS | identity.RUNTIME_FLAGS | identity.OTHER_FLAGS
+# Flags of the last prediction that affect the scores.
+SCORING = {field.name for field in fields(SamplingConfig)} | {"dev_sonnet_path", "dev_gold_path"}
 Group = dict[str, Any]  # runs that differ only in seed: column -> mean, `<column>_sd`, and more
 
 
 def main() -> None:
     args = get_args()
-    folders = [run.find_run(name, args.runs_dir) for name in args.runs]
-    folders = list(dict.fromkeys(folders)) or run.run_folders(args.runs_dir)
-    records = [run.read_record(folder) for folder in folders if run.is_finished(folder)]
-    if not records:
-        raise run.no_finished_run(args.runs_dir)
+    named = [folder for name in args.runs for folder in run.find_runs(name, args.runs_dir)]
+    folders = list(dict.fromkeys(named)) or run.run_folders(args.runs_dir)
+    unfinished = [folder.name for folder in folders if not run.is_finished(folder)]
+    records = read_records([folder for folder in folders if run.is_finished(folder)])
     tasks = {task: ranked(records, task, args.by) for task in SCORES}
     tasks = {task: groups for task, groups in tasks.items() if groups}
     for task, groups in tasks.items():
         print(f"{task}, mean ± standard deviation over n seeds", format_groups(groups), sep="\n")
-    for folder in folders:
-        if not run.is_finished(folder):
-            print(f"unfinished (repeat its command with --resume): {folder.name}")
+    for name in unfinished:
+        print(f"unfinished (repeat its command with --resume): {name}")
+    if not records and named:
+        raise UserError("none of these runs is finished")
+    if not records:
+        raise run.no_finished_run(args.runs_dir)
     if args.csv:
         write_files({args.csv: csv_text(sum(tasks.values(), []))})
     if args.png:
@@ -59,38 +66,65 @@ def get_args() -> argparse.Namespace:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    help = "name, name prefix or folder of a run [all runs in --runs_dir]"
+    help = "name or folder of a run, or the beginning of several names [all runs in --runs_dir]"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=help)
     help, default = "folder of the runs [%(default)s]", project_path("runs")
     parser.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
-    help = f"column to sort by: {', '.join(FORMATS)} [accuracy, val_loss]"
+    help = f"column to sort by: {', '.join(FORMATS)} [accuracy, dev_loss]"
     parser.add_argument("--by", choices=FORMATS, metavar="COLUMN", help=help)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write all columns to FILE")
     parser.add_argument("--png", type=Path, metavar="FILE", help="also plot the scores to FILE")
     return parser.parse_args()
 
 
+def read_records(folders: list[Path]) -> list[dict[str, Any]]:
+    """The records of finished runs, each once, however many links and copies there are.
+
+    Prints what is wrong with a damaged record.
+    """
+    records = {}
+    for folder in folders:
+        try:
+            record = run.read_record(folder)
+            records.setdefault(record["name"], record)
+        except UserError as error:
+            print(f"left out: {error}")
+    return list(records.values())
+
+
 def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Group]:
     """A task's runs in groups, sorted by the column `by` if they have it, otherwise best first."""
-    recipes: dict[str, list[dict[str, Any]]] = {}
+    alike: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         if record["task"] == task:
-            recipes.setdefault(record["recipe"], []).append(record)
-    groups = list(map(summarize, recipes.values()))
+            key = (record["recipe"], record["model"], *conditions(record).items())
+            alike.setdefault(key, []).append(record)
+    groups = list(map(summarize, alike.values()))
     column = by if all(by in group for group in groups) else next(iter(SCORES[task]))
     return sorted(groups, key=lambda group: group[column], reverse=column in MORE_IS_BETTER)
 
 
+def conditions(record: dict[str, Any]) -> dict[str, str]:
+    """What else affects a run's scores: how it was predicted with, and its number of processes."""
+    values = {k: v for k, v in record["predicted_with"].items() if k in SCORING}
+    return shown_values(values | {"processes": record["processes"]})
+
+
+def shown_values(flags: dict[str, Any]) -> dict[str, str]:
+    """Flags as text, sorted, with files by their names."""
+    paths = identity.INPUT_FLAGS
+    return {k: Path(str(v)).name if k in paths else str(v) for k, v in sorted(flags.items())}
+
+
 def summarize(records: list[dict[str, Any]]) -> Group:
-    """The group of runs of one recipe, including the flags that have no column."""
+    """The group of runs that differ only in their seed."""
     first = records[0]
     arguments, adapter = first["arguments"], first["adapter"]
-    flags = {name: str(arguments[name]) for name in arguments.keys() - NOT_COMPARED}
-    flags |= {name: Path(flags[name]).name for name in flags.keys() & identity.DATA_FLAGS}
+    flags = {name: arguments[name] for name in arguments.keys() - NOT_COMPARED}
     group = {
         "task": first["task"],
         "runs": [record["name"] for record in records],
-        "flags": flags,
+        "flags": shown_values(flags) | conditions(first),
         "n": len(records),
         "method": f"{first['method']} {adapter.get('type', '')}".strip(),
         "model": first["model"],
@@ -122,7 +156,7 @@ def format_groups(groups: list[Group]) -> str:
         if others:  # in the shell's brace notation
             name = f"{name[:-6]}{{{','.join(other[-6:] for other in group['runs'])}}}"
         lines.append(f"{i:>{widths[0]}}  {name}")
-        for flag, value in sorted(group["flags"].items()):
+        for flag, value in group["flags"].items():
             if any(other["flags"].get(flag, value) != value for other in groups):
                 lines[-1] += f"  {flag}={value}"
     return "\n".join([*lines, ""])

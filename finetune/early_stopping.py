@@ -34,7 +34,7 @@ class EarlyStopper:
     def update(self, metrics: dict[str, float]) -> bool:
         """Add an epoch's dev metrics; returns True if it is the best so far (a NaN never is)."""
         value = self.sign * metrics[self.metric]
-        if value >= self.reference + self.config.min_improvement:
+        if value > self.reference and value >= self.reference + self.config.min_improvement:
             self.reference, self.waited = value, 0
         else:
             self.waited += 1

@@ -87,6 +87,12 @@ def check_writable(path: Path) -> None:
             raise OSError(f"{folder} is not writable, so {path.name} cannot be written there")
 
 
+def check_free(folder: Path | None, flag: str) -> None:
+    """Raise OSError if `folder`, which a flag names, exists and is not an empty folder."""
+    if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OSError(f"{flag}: {str(folder)!r} already exists and is not an empty folder")
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn errors from writing `path` into OSErrors with a one-sentence message."""

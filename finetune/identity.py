@@ -21,6 +21,8 @@ PREDICTION_FLAGS = {field.name for field in fields(SamplingConfig)} | {"num_samp
 PREDICTION_FLAGS |= {*INPUT_FLAGS} - {*DATA_FLAGS}
 # Flags that affect rounding and dropout masks: a resumed run must use the same values.
 RUNTIME_FLAGS = {field.name for field in fields(RuntimeConfig)} - {"precision"}
+# A resumed run also needs the same decoding flags, so that its dev metrics can be compared.
+RESUME_FLAGS = RUNTIME_FLAGS | {field.name for field in fields(SamplingConfig)}
 # Flags that affect none of these; the base checkpoint is identified by its content.
 OTHER_FLAGS = {"demo", "model_size", "model_path", "runs_dir", "export_peft", "export_merged"}
 OTHER_FLAGS |= {"resume", "overwrite", "predict_only", "save_every", "tensorboard", "debug"}
@@ -35,7 +37,9 @@ class Identity:
     task: str
     model: str
     base: str  # SHA-256 of the base checkpoint
-    stem: str  # start of the folder's name: method, model, epochs, learning rate, rank, task
+    epochs: int  # 0 for a run that only predicts, with an imported adapter
+    lr: float
+    rank: int | str
     digest: str  # SHA-256, in hex, of everything that determines the adapter
     recipe: str  # the same without the seed
 
@@ -44,27 +48,22 @@ class Identity:
         """The identity of a run with these flags and adapter config on the checkpoint in `base`."""
         model = flags["model_path"].resolve().name if flags["model_path"] else flags["model_size"]
         rank = "peft" if flags.get("import_peft") else adapter.rank
-        epochs = 0 if predicts_with_import(flags) else flags["epochs"]
-        stem = "-".join(map(str, (adapter.method, model, epochs, flags["lr"], rank, task)))
         base_digest = fingerprint(base)
         decisive = {"method": adapter.method, "task": task, "base": base_digest}
         decisive |= _determining_flags(flags)
         digest, recipe = _sha256_of_json(decisive), _sha256_of_json(decisive | {"seed": None})
-        return cls(adapter.method, task, model, base_digest, stem, digest, recipe)
+        settings = (flags["epochs"], flags["lr"], rank)
+        return cls(adapter.method, task, model, base_digest, *settings, digest, recipe)
 
     @property
     def name(self) -> str:
         """The name of the run and of its folder."""
-        return f"{self.stem}-{self.digest[:6]}"
+        parts = (self.method, self.model, self.epochs, self.lr, self.rank, self.task)
+        return "-".join(map(str, (*parts, self.digest[:6])))
 
     def adapter_metadata(self) -> dict[str, str]:
         """The values that must match when the run's adapter is loaded."""
         return {key: getattr(self, key) for key in ("method", "task", "model", "base")}
-
-
-def predicts_with_import(flags: dict[str, Any]) -> bool:
-    """True for a run that only predicts, with an imported PEFT adapter."""
-    return bool(flags["predict_only"] and flags.get("import_peft"))
 
 
 def _determining_flags(flags: dict[str, Any]) -> dict[str, Any]:

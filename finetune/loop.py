@@ -92,7 +92,7 @@ def fit(
         if record["is_best"]:
             save_best(record)
         _save(trainer, resume)
-    if stopper.should_stop:
+    if stopper.should_stop and progress.epoch < config.epochs:
         gain = f"gain of {stopper.config.min_improvement:g} in {stopper.metric}"
         print(f"stopped early: no {gain} since epoch {progress.epoch - stopper.waited}")
     return Fitted(progress.history, progress.measured(model, batches.n_examples, runtime))
@@ -223,8 +223,10 @@ def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, 
     last = shown = time.perf_counter()
     with examples, deferred_signals() as signal_came:
         while group := list(islice(rest, config.grad_accum)):
+            n_targets = sum(share.n_targets for _, share in group)
             for i, (batch, share) in enumerate(group, 1):
-                loss = trainer.backward(batch, share.weight / len(group), is_last=i == len(group))
+                weight = share.weight * (share.n_targets / n_targets)
+                loss = trainer.backward(batch, weight, is_last=i == len(group))
                 progress.count(batch, share, loss)
                 examples.update(share.n_examples)
             trainer.step()

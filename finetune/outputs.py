@@ -12,6 +12,7 @@ from datasets import TokenizedPairs
 from finetune import report
 from finetune.metrics import pair_table
 
+SONNETS_HEADER = "--Generated Sonnets-- \n\n"
 FORMATS = {  # key of a run's record -> how its value is shown
     "trainable_parameters": "{:,}",
     "train_seconds": "{:.1f} s",
@@ -69,7 +70,7 @@ def format_predictions(ids: Iterable[str], logits: Tensor) -> str:
 
 def format_sonnets(sonnets: Iterable[Sonnet]) -> str:
     """The course's format, which its own reader and `data.sonnets.read_sonnets` accept."""
-    return "--Generated Sonnets-- \n\n" + "".join(map(format_sonnet, sonnets))
+    return SONNETS_HEADER + "".join(map(format_sonnet, sonnets))
 
 
 def format_sonnet(sonnet: Sonnet) -> str:

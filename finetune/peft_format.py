@@ -115,7 +115,8 @@ def write_exports(
     run: Run, gpt: GPT2Model, config: LoRAConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> dict[str, Path]:
     """Write the formats that the run's flags ask for; returns their folders."""
-    base = run.flags["model_path"] or run.flags["model_size"]
+    base = run.flags["model_path"]
+    base = base.absolute() if base else run.flags["model_size"]
     peft_folder, merged_folder = run.flags["export_peft"], run.flags["export_merged"]
     if peft_folder:
         export_peft(gpt, config, base, peft_folder)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,9 @@ from torch import nn
 
 from finetune.checkpoint import ResumeFile, load_adapter, save_adapter
 from finetune.ending import Finished
-from finetune.files import check_writable, lock, write_files
-from finetune.identity import (
-    OUTPUT_FLAGS,
-    PREDICTION_FLAGS,
-    RUNTIME_FLAGS,
-    Identity,
-    predicts_with_import,
-)
-from finetune.outputs import TensorBoardLog
+from finetune.files import check_free, check_writable, lock, write_files
+from finetune.identity import OUTPUT_FLAGS, PREDICTION_FLAGS, RESUME_FLAGS, Identity
+from finetune.outputs import SONNETS_HEADER, TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
 from models.config import read_json
@@ -61,51 +55,52 @@ class Run:
 
         Raises Finished if the run is finished, UserError if it is unfinished and neither `--resume`
         nor `--overwrite` is given, or if there is no adapter to predict with, and OSError if
-        another process is working on it.
+        another process is working on it or an output cannot be written.
         """
         base = find_checkpoint(flags["model_path"] or flags["model_size"])
         identity = Identity.of(flags, task, adapter, base)
+        if flags["predict_only"] and flags.get("import_peft"):
+            trained = adapter_path(flags["runs_dir"] / identity.name, identity.name)
+            if not runtime.from_main(trained.exists):
+                print(f"{trained} does not exist: predicting with the imported adapter, untrained")
+                identity = replace(identity, epochs=0)
         folder, held, resume = flags["runs_dir"] / identity.name, None, None
         if runtime.is_main:
             busy = f"another process is working on this run, {folder}: wait for it to end"
             held = lock(flags["runs_dir"] / ".locks" / identity.name, busy)
             for path in (flags[name] for name in OUTPUT_FLAGS if name in flags):
                 check_writable(path)
-        if flags["predict_only"]:
-            if not predicts_with_import(flags):
-                runtime.from_main(lambda: _check_trained(folder, identity))
-        else:
-            if flags["overwrite"] and runtime.is_main:
-                for name in (RECORD, STATE):
-                    (folder / name).unlink(missing_ok=True)
-            if runtime.from_main(lambda: is_finished(folder)):
+        if not flags["predict_only"]:
+            if not flags["overwrite"] and runtime.from_main(lambda: is_finished(folder)):
                 raise Finished(
                     f"{folder} is a finished run of this command: --predict_only writes its "
                     "predictions again, --overwrite trains it anew"
                 )
-            conditions = {f"--{name}": str(flags[name]) for name in sorted(RUNTIME_FLAGS)}
-            conditions["the number of processes"] = str(runtime.world_size)
-            conditions["the digest"] = identity.digest
-            resume = ResumeFile.open(folder / STATE, conditions, flags["resume"], runtime)
+            resume = _open_resume_file(folder, identity, flags, runtime)
+        elif identity.epochs:
+            runtime.from_main(lambda: _check_trained(folder, identity))
+        if runtime.is_main and not (resume and resume.state):  # resumed, it may have exported
+            for name in ("export_peft", "export_merged"):
+                check_free(flags[name], f"--{name}")
         log = TensorBoardLog(folder if flags["tensorboard"] and runtime.is_main else None)
         return cls(folder, base, flags, identity, runtime, resume, log, held)
 
     def save_adapter(self, model: nn.Module, record: dict[str, Any]) -> None:
         """Write the model's adapter with its epoch's `record`."""
         if self.runtime.is_main:
-            save_adapter(
-                adapter_path(self.folder), model, self.identity.adapter_metadata() | record
-            )
+            path = adapter_path(self.folder, self.identity.name)
+            save_adapter(path, model, self.identity.adapter_metadata() | record)
 
     def load_adapter(self, model: nn.Module) -> dict[str, Any]:
         """Load the best epoch's adapter into the model; returns the epoch's record.
 
         An adapter that was imported only to predict is already in the model.
         """
-        if predicts_with_import(self.flags):
+        if not self.identity.epochs:
             return {"epoch": 0, "is_best": True}
         expected = self.identity.adapter_metadata()
-        about = load_adapter(adapter_path(self.folder), model, expected, self.runtime)
+        path = adapter_path(self.folder, self.identity.name)
+        about = load_adapter(path, model, expected, self.runtime)
         return {name: value for name, value in about.items() if name not in expected}
 
     def record(
@@ -125,8 +120,8 @@ class Run:
         record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
         if fitted:
             record |= {"history": fitted.history} | fitted.measured
-        elif (self.folder / RECORD).exists():
-            record |= read_json(self.folder / RECORD)
+        elif is_finished(self.folder):
+            record |= read_record(self.folder)
             final = record["final"] | final  # with the loss before training
         predicted_with = {name: self.flags[name] for name in self.flags if name in PREDICTION_FLAGS}
         return record | {"final": final, "predicted_with": predicted_with}
@@ -137,7 +132,8 @@ class Run:
         """
         text = json.dumps(record, indent=2, allow_nan=False, default=str) + "\n"
         contents = {**contents, "metrics": text}
-        shown = self._shown()
+        identity = self.identity
+        shown = shown_files(self.flags, identity.method, identity.task)
         files = {shown[key]: content for key, content in contents.items()}
         for key, content in contents.items():
             if key != "metrics":
@@ -149,9 +145,9 @@ class Run:
         held = lock(folder / ".lock", busy, timeout=60)
         try:
             write_files(files)
-            for key in shown.keys() - contents.keys():  # of another run or prediction
-                shown[key].unlink(missing_ok=True)
-                self._kept(key).unlink(missing_ok=True)
+            if "samples" in shown.keys() - contents.keys():
+                for path in (shown["samples"], self._kept("samples")):
+                    _remove_poems(path)  # of an earlier prediction
         finally:
             held.release()
         return {key: shown[key] for key in contents}
@@ -159,25 +155,26 @@ class Run:
     def _kept(self, key: str) -> Path:
         return self.folder / FILES[key].format(**self.identity.adapter_metadata())
 
-    def _shown(self) -> dict[str, Path]:
-        """Where each of the run's files is shown, by its key in FILES."""
-        shown = {key: self.flags[key] for key in OUTPUT_FLAGS if key in self.flags}
-        first = next(iter(shown.values()))
-        if "sonnet_out" in shown:
-            shown["samples"] = first.with_stem(f"{first.stem}_samples")
-        for key in ("metrics", "report", "picture"):
-            shown[key] = first.parent / FILES[key].format(**self.identity.adapter_metadata())
-        return shown
-
     def finish(self) -> None:
         """Remove the state of a run that has written all its files."""
         if self.resume and self.runtime.is_main:
             self.resume.remove()
 
 
-def adapter_path(folder: Path) -> Path:
+def shown_files(flags: dict[str, Any], method: str, task: str) -> dict[str, Path]:
+    """Where each of a run's files is shown, by its key in FILES."""
+    shown = {key: flags[key] for key in OUTPUT_FLAGS if key in flags}
+    first = next(iter(shown.values()))
+    if "sonnet_out" in shown:
+        shown["samples"] = first.with_stem(f"{first.stem}_samples")
+    for key in ("metrics", "report", "picture"):
+        shown[key] = first.parent / FILES[key].format(method=method, task=task)
+    return shown
+
+
+def adapter_path(folder: Path, name: str) -> Path:
     """The best epoch's adapter in a run's folder: the run's name without the digest."""
-    return folder / f"{folder.name.rpartition('-')[0]}.pt"
+    return folder / f"{name.rpartition('-')[0]}.pt"
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
@@ -200,7 +197,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record of a finished run; raises UserError for one that lacks what runs write."""
     record = read_json(folder / RECORD)
     needed = {"name", "method", "task", "model", "base", "recipe", "arguments", "adapter", "final"}
-    needed |= {"trainable_parameters", "train_seconds", "peak_memory_mb", "predicted_with"}
+    needed |= {"trainable_parameters", "train_seconds", "peak_memory_mb", "processes"}
+    needed |= {"predicted_with"}
     if missing := sorted(needed - record.keys()):
         raise UserError(
             f"{folder / RECORD} has no {', '.join(missing)}: it is damaged, or of another version: "
@@ -217,39 +215,66 @@ def no_finished_run(runs_dir: Path) -> UserError:
     )
 
 
-def find_run(run: str | Path, runs_dir: Path) -> Path:
-    """The folder `run`, or the only one in `runs_dir` whose name is or begins with `run`.
+def find_runs(run: str | Path, runs_dir: Path) -> list[Path]:
+    """The folder `run`, or those in `runs_dir` whose name is or begins with `run`.
 
-    Raises UserError if there is none, or more than one.
+    Raises UserError if there is none.
     """
     folders = run_folders(runs_dir)
     for exact in (Path(run), runs_dir / run):
         if (exact / RECORD).exists() or (exact / STATE).exists():
-            return exact
-    found = [folder for folder in folders if folder.name.startswith(str(run))]
-    if len(found) == 1:
-        return found[0]
-    fault = "begins the names of several runs" if found else f"is not a run in {runs_dir}"
-    names = [folder.name for folder in found or folders]
-    shown = ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
-    raise UserError(f"{str(run)!r} {fault}{': ' if names else ''}{shown}")
+            return [exact]
+    if found := [folder for folder in folders if folder.name.startswith(str(run))]:
+        return found
+    there_are = f": {_some_names(folders)}" if folders else ""
+    raise UserError(f"{str(run)!r} is not a run in {runs_dir}{there_are}")
+
+
+def find_run(run: str | Path, runs_dir: Path) -> Path:
+    """The only one of `find_runs`; raises UserError if there are more."""
+    found = find_runs(run, runs_dir)
+    if len(found) > 1:
+        raise UserError(f"{str(run)!r} begins the names of several runs: {_some_names(found)}")
+    return found[0]
+
+
+def _some_names(folders: list[Path]) -> str:
+    names = [folder.name for folder in folders]
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+
+
+def _open_resume_file(
+    folder: Path, identity: Identity, flags: dict[str, Any], runtime: Runtime
+) -> ResumeFile:
+    conditions = {f"--{name}": str(flags[name]) for name in sorted(RESUME_FLAGS & flags.keys())}
+    conditions["the number of processes"] = str(runtime.world_size)
+    conditions["the digest"] = identity.digest
+    if flags["overwrite"]:  # the run that is there stays intact until the first save
+        return ResumeFile(folder / STATE, conditions, runtime)
+    return ResumeFile.open(folder / STATE, conditions, flags["resume"], runtime)
 
 
 def _check_trained(folder: Path, identity: Identity) -> None:
     """Raise UserError if there is no adapter to predict with."""
-    if not adapter_path(folder).exists():
-        raise UserError(
-            f"{adapter_path(folder)} does not exist: train first, with the same command without "
-            f"--predict_only{_others(folder, identity)}"
-        )
-
-
-def _others(folder: Path, identity: Identity) -> str:
-    """A hint at the script's existing runs."""
+    path = adapter_path(folder, identity.name)
+    if path.exists():
+        return
+    if is_finished(folder):
+        raise UserError(f"{path} was removed: --overwrite trains the run again")
     begin, task = f"{identity.method}-", f"-{identity.task}-"
     names = [path.name for path in finished_runs(folder.parent)]
     names = [name for name in names if name.startswith(begin) and task in name]
-    return f"; existing runs have other flags: {', '.join(names[:3])}" if names else ""
+    others = f"; existing runs have other flags: {', '.join(names[:3])}" if names else ""
+    raise UserError(
+        f"{path} does not exist: train first, with the same command without --predict_only{others}"
+    )
+
+
+def _remove_poems(path: Path) -> None:
+    """Remove a file that `format_sonnets` wrote, and leave others."""
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        if path.read_text(encoding="utf-8").startswith(SONNETS_HEADER):
+            path.unlink()
 
 
 def _now() -> str:

@@ -110,9 +110,17 @@ USAGE = [  # script, flags, what is said
     (LP, "--para_test_out run/dev.csv", "--para_test_out and --para_dev_out are the same"),
     (LP, "--para_dev run/dev.csv", "--para_dev_out and --para_dev are the same file"),
     (LP, "--import_peft a --lora_rank 4", "--lora_rank conflicts with --import_peft"),
-    (LP, "--export_peft x --export_merged x", "need separate folders"),
-    (LP, "--export_peft .", "other than the current one"),
-    (LP, "--export_merged run", "'run' already exists and is not an empty folder"),
+    (LS, "--sonnet_out lora-sonnet-report.html", "the report file and --sonnet_out are the same"),
+    (
+        LS,
+        "--sonnet_out run/p.txt --held_out_sonnet_path run/p_samples.txt",
+        "the samples file and --held_out_sonnet_path are the same file",
+    ),
+    (LP, "--export_peft x --export_merged x", "needs a folder of its own, but --export_merged"),
+    (LP, "--export_merged x --export_peft x/y", "needs a folder of its own, but --export_peft"),
+    (LP, "--export_peft run", "needs a folder of its own, but --para_dev_out is in run"),
+    (LP, "--export_peft .", "--para_dev_out is in ."),
+    (LP, "--export_peft x --runs_dir x", "needs a folder of its own, but --runs_dir is in x"),
 ]
 
 
@@ -128,6 +136,11 @@ def test_flags(script, flags, sentence, folder, monkeypatch, capsys):
 
 def write(content: bytes, path: str = "x") -> None:
     Path(path).write_bytes(content)
+
+
+def write_in(folder: str) -> None:
+    Path(folder).mkdir()
+    write(b"", f"{folder}/file")
 
 
 def config(text: str = "", **changes) -> None:
@@ -311,6 +324,13 @@ RUNS = [  # script, what is prepared, flags, what is said
     (RP, None, "--reft_rank 257", "ReFT rank 257 exceeds the model's width, 256"),
     (LP, None, "--precision fp16", "--precision fp16 needs a CUDA GPU"),
     (LP, lambda: write(b"", "file"), "--runs_dir file", "cannot be written: "),
+    (
+        LP,
+        lambda: write_in("taken"),
+        "--export_peft taken",
+        "'taken' already exists and is not",
+    ),
+    (LP, lambda: write_in("taken"), "--resume --export_merged taken", "'taken' already exists"),
     (LP, None, "--para_dev_out run", "run cannot be written: it is a folder"),
     (LP, None, "--para_dev_out /dev/null", "/dev/null cannot be written: it is not a regular"),
     (LP, None, "--para_test_out " + "long" * 99, "cannot be written: File name too long"),

@@ -97,7 +97,7 @@ def test_an_epoch_has_every_pair_once_whole_and_labelled(pairs, nano_tokenizer):
     assert sorted(np.concatenate(rows).tolist()) == list(range(500))
     assert len(epoch) == len(rows) == len(batches) == 42
     for (batch, share), chosen in zip(epoch, rows, strict=True):
-        assert share == (len(chosen), 1)
+        assert share == (len(chosen), len(chosen), 1)
         assert batch["labels"].tolist() == [row % 2 for row in chosen.tolist()]
         for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], chosen, strict=True):
             n = int(mask.sum())
@@ -271,8 +271,9 @@ def test_processes_share_each_batch_of_poems_by_its_targets():
     alone = list(SonnetBatches(poems, 4, seed=3).epoch(1))
     shares = [list(SonnetBatches(poems, 1, seed=3).shard(rank, 4).epoch(1)) for rank in range(4)]
     for (whole, share), parts in zip(alone, zip(*shares, strict=True), strict=True):
-        assert share == (len(whole["input_ids"]), 1)
+        assert share == (len(whole["input_ids"]), len(whole["targets"]), 1)
         for batch, part in parts:
+            assert part.n_targets == share.n_targets
             assert part.weight in (0, len(batch["targets"]) / len(whole["targets"]))
         assert sum(part.weight for _, part in parts) == pytest.approx(1)
     assert [part.weight > 0 for _, part in parts] == [True, True, False, False]  # 10 = 4 + 4 + 2

@@ -141,6 +141,15 @@ def test_exports_are_what_was_trained_and_an_adapter_read_in_predicts_the_same(t
     assert metrics["adapter"]["rank"] == 2
     assert metrics["final"]["dev_loss"] == pytest.approx(was["final"]["dev_loss"], abs=1e-3)
 
+    flags = [*SHORT, "--limit_train", "60", "--import_peft", tmp_path / "a"]
+    run(again, *flags)
+    trained = (again / "lora-paraphrase-metrics.json").read_text()
+    run(again, *flags, "--predict_only", "--export_peft", tmp_path / "b")
+    predicted = (again / "lora-paraphrase-metrics.json").read_text()
+    assert json.loads(predicted)["final"] == json.loads(trained)["final"]
+    exported = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert exported[0] != exported[1]
+
 
 def test_it_runs_where_hugging_faces_datasets_is_installed(tmp_path):
     site = tmp_path / "site"

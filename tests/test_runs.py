@@ -44,7 +44,9 @@ def test_every_adapter_is_there_and_of_its_own_training(evening):
     _, runs = evening
     told = [(flags["seed"], flags["lora_rank"], flags["limit_train"]) for flags in runs.values()]
     assert sorted(told) == [(2, 4, 24), (11711, 2, 24), (11711, 4, 12), (11711, 4, 24)]
-    adapters = [torch.load(adapter_path(run), weights_only=True)["adapter"] for run in runs]
+    adapters = [
+        torch.load(adapter_path(run, run.name), weights_only=True)["adapter"] for run in runs
+    ]
     sums = {float(sum(x.double().abs().sum() for x in adapter.values())) for adapter in adapters}
     assert len(sums) == 4
 

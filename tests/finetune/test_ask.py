@@ -54,8 +54,9 @@ def test_the_same_lines_get_another_poem_each_time(poems_run):
     assert len(set(map(tuple, poems))) == 3
     assert ask.load(run_folder(poems_run), temperature=0.8).write(LINES) == poems[0]
     assert ask.load(run_folder(poems_run), temperature=0.8, seed=5).write(LINES) != poems[0]
-    with pytest.raises(UserError, match="a poem needs 3 non-empty lines to start from"):
-        run.write(LINES[:2])
+    for lines in (LINES[:2], [*LINES[:2], " "], ["132", *LINES[:2]]):
+        with pytest.raises(UserError, match="a poem needs 3 lines to start from, none of them bl"):
+            run.write(lines)
     with pytest.raises(UserError, match=r"SamplingConfig.top_p: 2 is not a number above 0"):
         ask.load(run_folder(poems_run), top_p=2)
 
@@ -91,6 +92,39 @@ def test_a_pipe_must_be_utf8_and_may_have_a_mark(pairs_run, capsys, monkeypatch)
         pipe(b"caf\xe9?\nTwo?\n")
     with pytest.raises(UserError, match="the text is not UTF-8"):
         pipe(b"", "reft-gpt2", "caf\udce9?", "Two?")
+
+
+def test_a_run_is_asked_wherever_its_folder_and_its_base_are(pairs_run, tmp_path):
+    expected = ask.load(run_folder(pairs_run)).probability("a", "b")
+    shutil.copytree(run_folder(pairs_run), tmp_path / "best-run")
+    (tmp_path / "link").symlink_to(tmp_path / "best-run")
+    assert ask.load("link", runs_dir=tmp_path).probability("a", "b") == expected
+    shutil.copytree(BUNDLED, tmp_path / "moved")
+    record = json.loads((tmp_path / "best-run" / RECORD).read_text())
+    record["arguments"] |= {"model_path": str(tmp_path / "gone"), "precision": "fp16"}
+    (tmp_path / "best-run" / RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match="gone is neither a folder"):
+        ask.load(tmp_path / "best-run")
+    moved = ask.load(tmp_path / "best-run", model_path=tmp_path / "moved")
+    assert moved.probability("a", "b") == expected  # in float32, since fp16 needs a GPU
+
+
+def test_a_temperature_ends_greedy_decoding(poems_run, tmp_path):
+    shutil.copytree(run_folder(poems_run), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / RECORD).read_text())
+    record["predicted_with"]["greedy"] = True
+    (tmp_path / "run" / RECORD).write_text(json.dumps(record))
+    assert ask.load(tmp_path / "run").generator.config.greedy
+    assert not ask.load(tmp_path / "run", temperature=0.5).generator.config.greedy
+    assert ask.load(tmp_path / "run", temperature=0.5, greedy=True).generator.config.greedy
+
+
+def test_flags_may_stand_between_run_and_text(poems_run, capsys, monkeypatch):
+    flags = [run_folder(poems_run).name, "--greedy", *LINES]
+    assert said(capsys, monkeypatch, poems_run / "runs", *flags).splitlines()[:3] == LINES
+    with pytest.raises(SystemExit):
+        ask.get_args(["--seed", "-1"])
+    assert "--seed: -1 is not a whole number of 0 or more" in capsys.readouterr().err
 
 
 def test_lines_by_a_pipe_become_a_poem(poems_run, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from finetune import compare
-from finetune.run import RECORD, STATE
+from finetune.run import RECORD, STATE, find_run
 from modules.settings import UserError
 from tests.conftest import ROOT
 
@@ -27,12 +28,13 @@ def add_run(
     name = f"{method}-gpt2-3-0.0001-{adapter['rank']}-{task}-{digest}"
     final = {"dev_accuracy": score, "dev_macro_f1": score - 0.1, "dev_loss": 0.5}
     if task == "sonnet":
-        final = {"val_loss": score, "dev_loss": 4.4, "dev_chrf": 41.7}
+        final = {"val_loss": 4.4, "dev_loss": score, "dev_chrf": 41.7}
     arguments = {"lr": 1e-4, "epochs": 3, "seed": 1, "para_train": "data/quora-train.csv"}
     record = {"name": name, "method": method, "task": task, "model": "gpt2"}
     record |= {"arguments": arguments | flags, "adapter": adapter, "final": final}
     others = {k: v for k, v in flags.items() if k not in ("seed", "para_dev_out")}
-    record |= {"recipe": repr((method, task, others)), "base": "0", "predicted_with": {}}
+    record |= {"recipe": repr((method, task, others)), "base": "0", "processes": 1}
+    record |= {"predicted_with": {"greedy": False, "top_p": 0.9} if task == "sonnet" else {}}
     record |= {"trainable_parameters": 1327104, "train_seconds": 60.0, "peak_memory_mb": 400.0}
     (runs_dir / name).mkdir(parents=True)
     (runs_dir / name / RECORD).write_text(json.dumps(record))
@@ -116,7 +118,7 @@ def test_csv_has_all_columns_of_all_groups(tmp_path, run_compare):
     assert float(pairs["accuracy"]) == pytest.approx(0.75)
     assert float(pairs["accuracy_sd"]) == pytest.approx(0.005**0.5)
     assert (pairs["val_loss"], pairs["seconds"], pairs["memory_mb"]) == ("", "60.0", "400.0")
-    assert (poem["val_loss"], poem["val_loss_sd"], poem["chrf"]) == ("4.5", "", "41.7")
+    assert (poem["dev_loss"], poem["dev_loss_sd"], poem["chrf"]) == ("4.5", "", "41.7")
 
 
 def test_the_picture_has_each_groups_score_with_its_deviation(tmp_path, run_compare, monkeypatch):
@@ -136,7 +138,7 @@ def test_the_picture_has_each_groups_score_with_its_deviation(tmp_path, run_comp
     )
     (deviation,) = pairs.collections[0].get_segments()
     assert deviation[:, 0].tolist() == pytest.approx([0.70, 0.74])
-    assert poems.get_title().startswith("sonnet: val_loss")
+    assert poems.get_title().startswith("sonnet: dev_loss")
 
 
 def test_unfinished_runs_are_named_below_the_table(tmp_path, run_compare):
@@ -149,13 +151,44 @@ def test_unfinished_runs_are_named_below_the_table(tmp_path, run_compare):
     assert len(rows_of(text)) == 1
     for folder in (begun, resumed):
         assert f"unfinished (repeat its command with --resume): {folder.name}\n" in text
+    with pytest.raises(UserError, match="none of these runs is finished"):
+        run_compare("lora-begun")
 
 
-def test_a_damaged_run_is_named(tmp_path, run_compare):
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_damaged_run_is_left_out_with_a_line(tmp_path, run_compare):
     path = tmp_path / add_run(tmp_path, "00000b", 0.7) / RECORD
     path.write_text("{")
-    with pytest.raises(UserError, match=f"^{path} is not JSON"):
+    with pytest.raises(UserError, match="no finished run"):
         run_compare()
+    add_run(tmp_path, "00000c", 0.8)
+    text = run_compare()
+    assert f"left out: {path} is not JSON" in text
+    assert [row[1] for row in rows_of(text)] == ["1"]
+
+
+def test_a_link_to_a_run_and_a_copy_of_it_do_not_count(tmp_path, run_compare):
+    name = add_run(tmp_path, "000001", 0.7)
+    (tmp_path / "latest").symlink_to(tmp_path / name)
+    shutil.copytree(tmp_path / name, tmp_path / "copy")
+    assert [row[1] for row in rows_of(run_compare())] == ["1"]
+    assert [row[1] for row in rows_of(run_compare(name, tmp_path / "copy"))] == ["1"]
+
+
+def test_seeds_share_a_line_only_if_all_else_is_the_same(tmp_path, run_compare):
+    names = [add_run(tmp_path, f"00000{i}", 4.5, task="sonnet", seed=i) for i in range(5)]
+    edit(tmp_path / names[0] / RECORD, predicted_with={"greedy": True, "top_p": 0.9})
+    edit(tmp_path / names[1] / RECORD, processes=2)
+    renamed = names[2].replace("gpt2", "my-gpt2")
+    edit(tmp_path / names[2] / RECORD, model="my-gpt2", name=renamed)
+    text = run_compare()
+    assert sorted(row[1] for row in rows_of(text)) == ["1", "1", "1", "2"]
+    assert f"{names[0]}  greedy=True  processes=1\n" in text
+    assert f"{names[1]}  greedy=False  processes=2\n" in text
+    assert f"{renamed}  greedy=False  processes=1\n" in text
 
 
 def test_a_run_is_found_by_its_name_the_beginning_of_it_or_its_folder(tmp_path, run_compare):
@@ -166,8 +199,9 @@ def test_a_run_is_found_by_its_name_the_beginning_of_it_or_its_folder(tmp_path, 
         assert len(rows_of(run_compare(run))) == 1
     assert f"1  {other}\n" in run_compare("reft-gpt2")
     assert len(rows_of(run_compare("reft", other, tmp_path / other, name))) == 2
+    assert len(rows_of(run_compare("lora"))) == len(rows_of(run_compare(name, longer)))
     with pytest.raises(UserError, match=r"^'lora' begins the names of several runs: lora-gpt2-3-"):
-        run_compare("lora")
+        find_run("lora", tmp_path)
     with pytest.raises(UserError, match=f"^'gpt3' is not a run in {tmp_path}: lora-gpt2-3-"):
         run_compare("gpt3")
 

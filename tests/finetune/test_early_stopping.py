@@ -45,6 +45,15 @@ def test_patience_0_never_stops():
     assert not s.should_stop
 
 
+def test_no_gain_counts_even_if_any_gain_does():
+    s = stopper(patience=1, min_improvement=0.0)
+    s.update({"x": 0.5})
+    s.update({"x": 0.5001})
+    assert not s.should_stop
+    s.update({"x": 0.5001})
+    assert s.should_stop
+
+
 def test_negative_patience_is_refused():
     with pytest.raises(UserError, match="early_stopping_patience: -1 is not a whole number"):
         EarlyStoppingConfig(early_stopping_patience=-1)

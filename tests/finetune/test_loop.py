@@ -46,7 +46,7 @@ class Numbers:
     def epoch(self, number):
         for batch in self.batches:
             mask = torch.ones_like(batch)
-            yield {"input_ids": batch, "attention_mask": mask}, Share(len(batch), 1)
+            yield {"input_ids": batch, "attention_mask": mask}, Share(len(batch), len(batch), 1)
 
 
 def squared_error(model, batch):
@@ -91,6 +91,9 @@ def test_training_lowers_the_loss_and_history_tells():
 def test_accumulated_batches_are_one_larger_batch():
     small, *_ = run([[1], [2], [3], [4], [5]], epochs=3, grad_accum=2)
     large, *_ = run([[1, 2], [3, 4], [5]], epochs=3)
+    assert torch.allclose(small.weight, large.weight, atol=1e-6)
+    small, *_ = run([[1, 2], [3, 4], [5, 6], [7]], epochs=3, grad_accum=2)  # a smaller last batch
+    large, *_ = run([[1, 2, 3, 4], [5, 6, 7]], epochs=3)
     assert torch.allclose(small.weight, large.weight, atol=1e-6)
 
 

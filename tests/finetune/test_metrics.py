@@ -59,6 +59,8 @@ def test_paraphrase_metrics_by_hand():
     assert metrics["dev_loss"] == pytest.approx((3 * right + wrong) / 4, rel=1e-5)
     assert metrics["dev_accuracy"] == 0.75
     assert metrics["dev_macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    none = paraphrase_metrics(torch.tensor([[1.0, 0.0]]), np.array([0]))
+    assert (none["dev_accuracy"], none["dev_macro_f1"]) == (1, 0.5)  # F1 of the other class is 0
 
 
 def test_the_table_of_pairs_has_the_most_confident_errors_first():

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.sonnets import Sonnet
 from finetune import arguments
 from finetune.ending import Finished
+from finetune.outputs import format_sonnets
 from finetune.run import Run, adapter_path, finished_runs, read_record
 from finetune.runtime import Runtime
 from modules.lora import LoRAConfig
@@ -63,7 +65,9 @@ def test_a_finished_run_says_so_and_what_can_be_done(opened):
         with pytest.raises(Finished, match="--predict_only .* again, --overwrite trains it anew"):
             opened(*flags)
     assert finished_runs(run.folder.parent) == [run.folder]
-    assert opened("--overwrite").folder == run.folder
+    again = opened("--overwrite")
+    assert finished_runs(run.folder.parent) == [run.folder]  # until the first save
+    again.resume.save({})
     assert finished_runs(run.folder.parent) == []
 
 
@@ -88,7 +92,8 @@ def test_predicting_without_an_adapter_names_the_runs_there_are(opened):
 
 def test_shown_files_are_of_one_run(opened, tmp_path):
     first, second = opened(task="sonnet"), opened("--seed", 2, task="sonnet")
-    first.write(record(first), {"sonnet_out": "one", "samples": "some", "report": "r"})
+    some = format_sonnets([Sonnet(1, ("One",))])
+    first.write(record(first), {"sonnet_out": "one", "samples": some, "report": "r"})
     shown = second.write(record(second), {"sonnet_out": "two", "report": "s"})
     assert shown["report"].name == "lora-sonnet-report.html"
     metrics = shown.pop("metrics")
@@ -97,14 +102,52 @@ def test_shown_files_are_of_one_run(opened, tmp_path):
     names = {metrics.name, *(path.name for path in shown.values())}
     assert {p.name for p in (tmp_path / "shown").iterdir() if p.name != ".lock"} == names
     assert (first.folder / "lora_generated_sonnets.txt").read_text() == "one"
-    assert (first.folder / "lora_generated_sonnets_samples.txt").read_text() == "some"
+    assert (first.folder / "lora_generated_sonnets_samples.txt").read_text() == some
     assert json.loads((first.folder / "run.json").read_text())["name"] == first.identity.name
+
+
+def test_a_file_that_no_run_wrote_is_kept(opened, tmp_path):
+    run = opened(task="sonnet")
+    (tmp_path / "shown").mkdir(exist_ok=True)
+    (tmp_path / "shown" / "out_samples.csv").write_bytes(b"caf\xe9 notes")
+    run.write(record(run), {"sonnet_out": "one"})
+    assert (tmp_path / "shown" / "out_samples.csv").read_bytes() == b"caf\xe9 notes"
+
+
+def test_a_run_is_resumed_with_the_same_decoding_flags(opened):
+    run = opened(task="sonnet")
+    run.resume.save({})
+    with pytest.raises(UserError, match="--temperature was 1.2, but now it is 0.3"):
+        opened("--resume", "--temperature", 0.3, task="sonnet")
+
+
+def test_an_imported_adapter_predicts_until_the_command_is_trained(opened, tmp_path, capsys):
+    flags = ("--import_peft", tmp_path / "peft")
+    (tmp_path / "peft").mkdir()
+    untrained = opened(*flags, "--predict_only")
+    assert "predicting with the imported adapter, untrained" in capsys.readouterr().out
+    assert untrained.load_adapter(None)["epoch"] == 0
+    trained = opened(*flags)
+    assert trained.identity.name != untrained.identity.name
+    trained.folder.mkdir(parents=True)
+    adapter_path(trained.folder, trained.identity.name).write_bytes(b"")
+    predicting = opened(*flags, "--predict_only")
+    assert predicting.folder == trained.folder
+    with pytest.raises(UserError, match=r"\.pt is damaged"):
+        predicting.load_adapter(None)
+
+
+def test_a_removed_adapter_can_be_trained_again(opened):
+    run = opened()
+    run.write(record(run), {})
+    with pytest.raises(UserError, match=r"\.pt was removed: --overwrite trains the run again"):
+        opened("--predict_only")
 
 
 def test_predicting_from_an_unfinished_run_does_not_finish_it(opened):
     run = opened()
     run.resume.save({})
-    adapter_path(run.folder).write_bytes(b"")
+    adapter_path(run.folder, run.identity.name).write_bytes(b"")
     predicting = opened("--predict_only")
     predicting.write(record(run), {"para_dev_out": "1"})
     assert not (run.folder / "run.json").exists()
