@@ -66,7 +66,7 @@ def test_the_shown_files_are_all_of_the_newest_prediction(evening):
     assert same == [seeded]
 
 
-def test_compare_lists_all_runs_with_seeds_together(evening, monkeypatch, capsys):
+def test_compare_lists_all_runs_and_how_they_differ(evening, monkeypatch, capsys):
     folder, runs = evening
     monkeypatch.setattr(sys, "argv", ["compare", "--runs_dir", str(folder / "runs")])
     compare.main()
@@ -74,7 +74,9 @@ def test_compare_lists_all_runs_with_seeds_together(evening, monkeypatch, capsys
     digests = re.findall(r"[0-9a-f]{6}(?=[,}\s])", shown)
     assert {run.name[-6:] for run in runs} <= set(digests)
     counts = re.findall(r"^[0-9]+ +([0-9]+) +lora", shown, re.MULTILINE)
-    assert sorted(counts) == ["1", "1", "2"]
+    assert counts == ["1", "1", "1", "1"]  # the other seed was last predicted greedily
+    (seeded,) = (run for run, flags in runs.items() if flags["seed"] == 2)
+    assert re.search(rf"{re.escape(seeded.name)}  .*greedy=True  max_lines=5", shown)
 
 
 def test_every_run_can_be_asked(evening):
