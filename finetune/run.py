@@ -73,8 +73,8 @@ class Run:
         if not flags["predict_only"]:
             if not flags["overwrite"] and runtime.from_main(lambda: is_finished(folder)):
                 raise Finished(
-                    f"{folder} is a finished run of this command: --predict_only writes its "
-                    "predictions again, --overwrite trains it anew"
+                    f"{folder} is a finished run of this command: --predict_only writes its files "
+                    "again, --overwrite trains it anew"
                 )
             resume = _open_resume_file(folder, identity, flags, runtime)
         elif identity.epochs:
