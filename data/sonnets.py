@@ -1,5 +1,6 @@
 """Read sonnet files: poems, each below its number."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ MARK = re.compile(
 )
 ROMAN = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100}
 START = re.compile(r"\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG")
-END = re.compile(r"\s*((?i:\*\*\* ?END OF|End of (the )?Project Gutenberg).*|THE END\W*|FINIS\W*)")
+END = re.compile(r"\s*(?i:\*\*\* ?END OF|End of (the )?Project Gutenberg)")
+THE_END = re.compile(r"\s*(THE END|FINIS)\W*")
 AUTHOR = re.compile(r"\s*by( [A-Z][\w.'-]*){1,4}\s*")  # the line below a title
 GIVEN_LINES = 3  # lines of a sonnet that form the prompt
 N_LINES = {99: 15, 126: 12}  # Shakespeare's sonnets that do not have 14 lines
@@ -107,34 +109,47 @@ def _is_title(line: str) -> bool:
     return line.isupper() and len(line.strip()) > 3  # not I or O!
 
 
-def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
-    """The poems of a file, or of its first Project Gutenberg book, without header and footer.
+def _first_book(path: str | Path, lines: list[str]) -> list[str]:
+    """The lines with those outside the first Project Gutenberg book that has numbers made blank.
 
-    An end, or a title in capitals, below a blank line starts other text, which is skipped up to a
-    higher number, unless that number continues a sequence in the skipped text.
+    A file that is no such book is left as it is.
     """
-    books = [i for i, line in enumerate(lines) if START.match(line)]
-    if books[1:]:
-        print(f"{path}, line {books[1] + 1}: left out the second Project Gutenberg book")
-        lines = lines[: books[1]]
-    if books:
-        lines = [""] * (books[0] + 1) + lines[books[0] + 1 :]
+    begin = 0
+    for i, line in enumerate(lines):
+        if START.match(line) and begin and any(map(_mark, lines[begin:i])):
+            print(f"{path}, line {i + 1}: left out the next Project Gutenberg book")
+            return [""] * begin + lines[begin:i]
+        if START.match(line):
+            begin = i + 1
+    return [""] * begin + lines[begin:]
+
+
+def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
+    """The poems of a file, without Project Gutenberg's header and footer.
+
+    A title in capitals below a blank line starts other text, skipped up to a higher number that
+    does not continue a sequence in that text. After THE END, only the next number is read.
+    """
+    lines = _first_book(path, lines)
     starts = _starts(lines)
     poems: list[_Poem] = []
-    is_open, skipped = False, -1  # whether lines belong to the last poem; the last number skipped
+    is_open = False  # whether lines belong to the last poem
+    skipped, highest = -1, math.inf  # the last number skipped; the highest that may follow
     for i, line in enumerate(lines):
-        is_end = bool(END.fullmatch(line))
         is_below_blank = is_open and poems[-1].lines and not lines[i - 1].strip()
         if i in starts:
-            is_next = not poems or (starts[i] > poems[-1].number and starts[i] != skipped + 1)
-            if is_open or is_next:
+            may_follow = not poems or poems[-1].number < starts[i] <= highest
+            if is_open or (may_follow and starts[i] != skipped + 1):
                 poems.append(_Poem(starts[i], i + 1, []))
                 is_open = True
             else:
                 skipped = starts[i]
-        elif is_below_blank and (is_end or _is_title(line)):
-            is_open, skipped = False, -1
-            if not is_end or any(j > i and starts[j] > poems[-1].number for j in starts):
+        elif is_below_blank and END.match(line):
+            break
+        elif is_below_blank and (THE_END.fullmatch(line) or _is_title(line)):
+            following, is_end = poems[-1].number + 1, bool(THE_END.fullmatch(line))
+            is_open, skipped, highest = False, -1, following if is_end else math.inf
+            if not is_end or following in [starts[j] for j in starts if j > i]:
                 print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
         elif is_open:
             poems[-1].lines.extend(poem_lines(line))

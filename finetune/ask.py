@@ -130,6 +130,8 @@ def load(
     flags = record["arguments"]
     if record["task"] == "paraphrase" and (decoding or seed is not None):
         raise UserError("decoding flags and --seed are only for runs that write sonnets")
+    if seed is not None and seed < 0:
+        raise UserError(f"seed {seed} is not a whole number of 0 or more")
     needs_gpu = flags["precision"] == "fp16"
     precision = "auto" if needs_gpu and not use_gpu else flags["precision"]
     machine = runtime.start(RuntimeConfig(use_gpu=use_gpu, precision=precision), flags["seed"])
@@ -227,10 +229,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--use_gpu", action="store_true", help="use CUDA, or else Apple's MPS")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the poems [the run's]")
     arguments.add_settings(parser, "generation [the run's settings]", SamplingConfig, optional=True)
-    args = parser.parse_intermixed_args(argv)
-    if args.seed is not None and args.seed < 0:
-        parser.error(f"argument --seed: {args.seed} is not a whole number of 0 or more")
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def main() -> None:
         print(f"{task}, mean ± standard deviation over n seeds", format_groups(groups), sep="\n")
     for name in unfinished:
         print(f"unfinished (repeat its command with --resume): {name}")
-    if not records and named:
-        raise UserError("none of these runs is finished")
-    if not records:
+    if not folders:
         raise run.no_finished_run(args.runs_dir)
+    if not records:
+        raise UserError("none of these runs can be compared")
     if args.csv:
         write_files({args.csv: csv_text(sum(tasks.values(), []))})
     if args.png:
@@ -78,7 +78,7 @@ def get_args() -> argparse.Namespace:
 
 
 def read_records(folders: list[Path]) -> list[dict[str, Any]]:
-    """The records of finished runs, each once, however many links and copies there are.
+    """The records of finished runs, each once, even if there are links to it or copies of it.
 
     Prints what is wrong with a damaged record.
     """
@@ -86,7 +86,7 @@ def read_records(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         try:
             record = run.read_record(folder)
-            records.setdefault(record["name"], record)
+            records.setdefault((record["name"], record.get("date")), record)
         except UserError as error:
             print(f"left out: {error}")
     return list(records.values())
@@ -97,7 +97,7 @@ def ranked(records: list[dict[str, Any]], task: str, by: str | None) -> list[Gro
     alike: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
         if record["task"] == task:
-            key = (record["recipe"], record["model"], *conditions(record).items())
+            key = (record["recipe"], record["model"], tuple(conditions(record).items()))
             alike.setdefault(key, []).append(record)
     groups = list(map(summarize, alike.values()))
     column = by if all(by in group for group in groups) else next(iter(SCORES[task]))

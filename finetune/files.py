@@ -118,7 +118,6 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _same_files(first: Path, second: Path) -> bool:
-    names = sorted(os.listdir(first))
-    if not second.is_dir() or names != sorted(os.listdir(second)):
-        return False
-    return not any(filecmp.cmpfiles(first, second, names, shallow=False)[1:])
+    ours, theirs = (sorted(path.relative_to(f) for path in f.rglob("*")) for f in (first, second))
+    files = [name for name in ours if (first / name).is_file()]
+    return ours == theirs and not any(filecmp.cmpfiles(first, second, files, shallow=False)[1:])

@@ -170,8 +170,9 @@ class SonnetGenerator:
         own, end_of_text = self.runtime.shard(sequences), self.tokenizer.eos_token_id
         texts = generate(self.gpt, own, end_of_text, self.config, self.runtime)
         poems = []
-        for sonnet, text in zip(sonnets, self.runtime.gather(texts), strict=True):
-            written = poem_lines(counter.decode(text))[len(poem_lines(sonnet.prompt)) :]
+        texts = self.runtime.gather(texts)
+        for sonnet, prompt, text in zip(sonnets, prompts, texts, strict=True):
+            written = poem_lines(counter.decode(text))[counter.n_complete(prompt) :]
             lines = (*sonnet.lines[:GIVEN_LINES], *written)  # a tokenizer may change the given ones
             poems.append(Sonnet(sonnet.number, lines[: self.config.max_lines]))
         return poems

@@ -60,8 +60,8 @@ class Run:
         base = find_checkpoint(flags["model_path"] or flags["model_size"])
         identity = Identity.of(flags, task, adapter, base)
         if flags["predict_only"] and flags.get("import_peft"):
-            trained = adapter_path(flags["runs_dir"] / identity.name, identity.name)
-            if not runtime.from_main(trained.exists):
+            trained = flags["runs_dir"] / identity.name
+            if not runtime.from_main(lambda: trained in run_folders(flags["runs_dir"])):
                 print(f"{trained} does not exist: predicting with the imported adapter, untrained")
                 identity = replace(identity, epochs=0)
         folder, held, resume = flags["runs_dir"] / identity.name, None, None
@@ -145,7 +145,7 @@ class Run:
         held = lock(folder / ".lock", busy, timeout=60)
         try:
             write_files(files)
-            if "samples" in shown.keys() - contents.keys():
+            if "samples" in shown and "samples" not in contents:
                 for path in (shown["samples"], self._kept("samples")):
                     _remove_poems(path)  # of an earlier prediction
         finally:
@@ -166,7 +166,7 @@ def shown_files(flags: dict[str, Any], method: str, task: str) -> dict[str, Path
     shown = {key: flags[key] for key in OUTPUT_FLAGS if key in flags}
     first = next(iter(shown.values()))
     if "sonnet_out" in shown:
-        shown["samples"] = first.with_stem(f"{first.stem}_samples")
+        shown["samples"] = first.parent / f"{first.stem}_samples{first.suffix}"
     for key in ("metrics", "report", "picture"):
         shown[key] = first.parent / FILES[key].format(method=method, task=task)
     return shown
@@ -272,7 +272,7 @@ def _check_trained(folder: Path, identity: Identity) -> None:
 
 def _remove_poems(path: Path) -> None:
     """Remove a file that `format_sonnets` wrote, and leave others."""
-    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.read_text(encoding="utf-8").startswith(SONNETS_HEADER):
             path.unlink()
 

@@ -55,6 +55,10 @@ def find_checkpoint(name_or_folder: str | Path) -> Path:
         return _find_in_cache(name_or_folder) or _fetch(name_or_folder)
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
+    if str(name_or_folder) in SIZES:
+        raise UserError(
+            f"there is no folder {name_or_folder}; for the model of that name, use --model_size"
+        )
     sizes = ", ".join(SIZES)
     raise UserError(
         f"{name_or_folder} is neither a folder nor one of the models {sizes}; for another model on "

@@ -331,6 +331,7 @@ RUNS = [  # script, what is prepared, flags, what is said
         "'taken' already exists and is not",
     ),
     (LP, lambda: write_in("taken"), "--resume --export_merged taken", "'taken' already exists"),
+    (LS, None, "--sonnet_out .", ". cannot be written: it is a folder"),
     (LP, None, "--para_dev_out run", "run cannot be written: it is a folder"),
     (LP, None, "--para_dev_out /dev/null", "/dev/null cannot be written: it is not a regular"),
     (LP, None, "--para_test_out " + "long" * 99, "cannot be written: File name too long"),

@@ -80,7 +80,7 @@ def poem(n_lines=14, indent=""):
 GUTENBERG = (
     "The Project Gutenberg eBook of Shakespeare's Sonnets\n\nRelease date: 1997\n\n2\n\n"
     "*** START OF THE PROJECT GUTENBERG EBOOK SHAKESPEARE'S SONNETS ***\n\n{}"
-    "\n\n*** END OF THE PROJECT GUTENBERG EBOOK SHAKESPEARE'S SONNETS ***\n\n3\n\nLicence\n"
+    "\n\n*** END OF THE PROJECT GUTENBERG EBOOK SHAKESPEARE'S SONNETS ***\n\n4\n\nLicence\n"
 )
 COMPLETE_WORKS = (
     "<<THIS ELECTRONIC VERSION IS COPYRIGHT>>\n\n\n1609\n\nTHE SONNETS\n\n"
@@ -139,7 +139,7 @@ def test_of_two_gutenberg_books_the_first_is_read(tmp_path, capsys):
     assert [poem.number for poem in read_sonnets(path)] == [*range(1, 11)]
     line = (tmp_path / "sonnets.txt").read_text().rpartition("*** START")[0].count("\n") + 1
     said = capsys.readouterr().out
-    assert said == f"{path}, line {line}: left out the second Project Gutenberg book\n"
+    assert said == f"{path}, line {line}: left out the next Project Gutenberg book\n"
 
 
 @pytest.mark.parametrize("end", ["THE END", "FINIS.", "The end of all\n\nTHE END!"])
@@ -150,6 +150,24 @@ def test_poems_after_an_end_that_run_on_are_read(tmp_path, capsys, end):
     assert (
         f": left out {end.rpartition(chr(10))[2]!r} and the text below" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    "after", ["FINIS.\n\nLondon\n\n1609\n", "THE END\n\n43\n", "THE END\n\n1890\nPrinted by A.\n"]
+)
+def test_a_number_after_the_end_is_no_poem(tmp_path, capsys, after):
+    poems = read_sonnets(sonnet_file(tmp_path, numbered(range(1, 11)) + after))
+    assert [poem.number for poem in poems] == [*range(1, 11)]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("before", ["Produced by A.", "A story.\n\nChapter one"])
+def test_the_book_with_the_poems_is_read(tmp_path, capsys, before):
+    text = f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n{before}\n\n"
+    text += "*** START OF THIS PROJECT GUTENBERG EBOOK Y ***\n\n" + numbered(range(1, 4))
+    path = sonnet_file(tmp_path, text)
+    assert [poem.number for poem in read_sonnets(path)] == [1, 2, 3]
+    assert capsys.readouterr().out == ""
 
 
 def test_a_second_sequence_does_not_run_on_the_first(tmp_path, capsys):

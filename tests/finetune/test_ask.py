@@ -122,9 +122,8 @@ def test_a_temperature_ends_greedy_decoding(poems_run, tmp_path):
 def test_flags_may_stand_between_run_and_text(poems_run, capsys, monkeypatch):
     flags = [run_folder(poems_run).name, "--greedy", *LINES]
     assert said(capsys, monkeypatch, poems_run / "runs", *flags).splitlines()[:3] == LINES
-    with pytest.raises(SystemExit):
-        ask.get_args(["--seed", "-1"])
-    assert "--seed: -1 is not a whole number of 0 or more" in capsys.readouterr().err
+    with pytest.raises(UserError, match="seed -1 is not a whole number of 0 or more"):
+        ask.load(run_folder(poems_run), seed=-1)
 
 
 def test_lines_by_a_pipe_become_a_poem(poems_run, capsys, monkeypatch):

@@ -151,7 +151,7 @@ def test_unfinished_runs_are_named_below_the_table(tmp_path, run_compare):
     assert len(rows_of(text)) == 1
     for folder in (begun, resumed):
         assert f"unfinished (repeat its command with --resume): {folder.name}\n" in text
-    with pytest.raises(UserError, match="none of these runs is finished"):
+    with pytest.raises(UserError, match="none of these runs can be compared"):
         run_compare("lora-begun")
 
 
@@ -162,7 +162,7 @@ def edit(path: Path, **changes) -> None:
 def test_a_damaged_run_is_left_out_with_a_line(tmp_path, run_compare):
     path = tmp_path / add_run(tmp_path, "00000b", 0.7) / RECORD
     path.write_text("{")
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="none of these runs can be compared"):
         run_compare()
     add_run(tmp_path, "00000c", 0.8)
     text = run_compare()
@@ -176,6 +176,8 @@ def test_a_link_to_a_run_and_a_copy_of_it_do_not_count(tmp_path, run_compare):
     shutil.copytree(tmp_path / name, tmp_path / "copy")
     assert [row[1] for row in rows_of(run_compare())] == ["1"]
     assert [row[1] for row in rows_of(run_compare(name, tmp_path / "copy"))] == ["1"]
+    edit(tmp_path / "copy" / RECORD, date="2026-01-01", processes=2)  # trained again elsewhere
+    assert [row[1] for row in rows_of(run_compare())] == ["1", "1"]
 
 
 def test_seeds_share_a_line_only_if_all_else_is_the_same(tmp_path, run_compare):

@@ -319,6 +319,7 @@ def test_a_merged_checkpoint_has_chat_templates(gpt, hf_folder, nano_tokenizer, 
     tokenizer = copy.deepcopy(nano_tokenizer)
     tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ tools }}"}
     export_merged(gpt, LoRAConfig(rank=2), hf_folder, tokenizer, tmp_path / "merged")
+    export_merged(gpt, LoRAConfig(rank=2), hf_folder, tokenizer, tmp_path / "merged")  # the same
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "merged").rglob("*")}
     assert modes.pop("additional_chat_templates") & 0o111
     assert modes["other.jinja"] == modes["model.safetensors"] == 0o644

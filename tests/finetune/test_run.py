@@ -129,7 +129,9 @@ def test_an_imported_adapter_predicts_until_the_command_is_trained(opened, tmp_p
     assert untrained.load_adapter(None)["epoch"] == 0
     trained = opened(*flags)
     assert trained.identity.name != untrained.identity.name
-    trained.folder.mkdir(parents=True)
+    trained.resume.save({})
+    with pytest.raises(UserError, match="train first"):  # not the imported one meanwhile
+        opened(*flags, "--predict_only")
     adapter_path(trained.folder, trained.identity.name).write_bytes(b"")
     predicting = opened(*flags, "--predict_only")
     assert predicting.folder == trained.folder

@@ -243,7 +243,7 @@ def test_an_unknown_name_is_refused_with_what_to_write_instead(name):
 def test_a_path_is_a_folder_even_if_it_has_the_name_of_a_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("gpt2-nano") == BUNDLED
-    with pytest.raises(UserError, match="^gpt2-nano is neither a folder nor"):
+    with pytest.raises(UserError, match="^there is no folder gpt2-nano; for .* --model_size$"):
         find_checkpoint(Path("gpt2-nano"))
     for name in ("gpt2-nano", "gpt2"):
         Path(name).mkdir()
