@@ -34,7 +34,8 @@ class EarlyStopper:
     def update(self, metrics: dict[str, float]) -> bool:
         """Add an epoch's dev metrics; returns True if it is the best so far (a NaN never is)."""
         value = self.sign * metrics[self.metric]
-        if value > self.reference and value >= self.reference + self.config.min_improvement:
+        least = self.reference + self.config.min_improvement - 1e-9  # not missed by rounding
+        if value > self.reference and value >= least:
             self.reference, self.waited = value, 0
         else:
             self.waited += 1

@@ -55,10 +55,11 @@ class Sequence:
         self.complete_lines = counter.n_complete(prompt)
         self.is_finished = False
 
-    @property
-    def n_lines(self) -> int:
-        """The number of lines so far, including an incomplete last line."""
-        return self.complete_lines + (self.ids[-1] not in self.counter.ends)
+    def is_shorter_than(self, n_lines: int) -> bool:
+        """True if there are fewer lines, counting an incomplete last line that is not blank."""
+        if self.complete_lines + 1 != n_lines:
+            return self.complete_lines < n_lines
+        return not poem_lines(self.counter.decode(self.ids).rpartition("\n")[2])
 
     def add(self, token: int, end_of_text: int, max_lines: int) -> None:
         """Append a token; finish at end of text, at `max_lines` lines or `max_length` tokens."""
@@ -86,7 +87,7 @@ def choose_tokens(
     if config.no_repeat_ngram_size:
         logits = ban_repeated_ngrams(logits, texts, config.no_repeat_ngram_size)
     growing = [i for i, sequence in enumerate(sequences) if not sequence.is_finished]
-    too_short = [i for i in growing if sequences[i].n_lines < config.min_lines]
+    too_short = [i for i in growing if sequences[i].is_shorter_than(config.min_lines)]
     if too_short:
         all_are = len(too_short) == len(growing)  # then no index is copied to the device
         logits[slice(None) if all_are else too_short, end_of_text] = -torch.inf

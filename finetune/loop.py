@@ -206,7 +206,7 @@ def report_memory(trainer: Trainer, batches: Batches) -> None:
 
 
 def _train_epoch(trainer: Trainer, batches: Batches, resume: ResumeFile | None, log: Log) -> float:
-    """Train for the rest of an epoch; returns the mean loss of its examples.
+    """Train for the rest of an epoch; returns the mean loss of its targets.
 
     Saves every `save_every` steps, at the end, and when a signal asks the run to stop.
     """

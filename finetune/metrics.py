@@ -1,6 +1,7 @@
 """Metrics of paraphrase predictions, and of poems: loss, chrF and the form of a sonnet."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,8 +184,10 @@ def sonnet_form(poems: list[Sonnet], sources: Iterable[Sonnet]) -> dict[str, flo
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case; an apostrophe inside a word is part of it."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower().replace("’", "'"))
+    """The words of a text in lower case without accents; an apostrophe in a word is part of it."""
+    letters = unicodedata.normalize("NFKD", text.lower().replace("’", "'"))
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", letters)
 
 
 def count_syllables(word: str) -> int:

@@ -44,7 +44,7 @@ class Progress:
         """Count a batch of the next optimizer step."""
         self.batches += 1
         self.tokens += int(batch["attention_mask"].sum()) if share.weight else 0
-        self.unread.append((self.steps + 1, share.n_examples * share.weight, loss))
+        self.unread.append((self.steps + 1, share.n_targets * share.weight, loss))
 
     def read_losses(self, skip_infinite: bool) -> float:
         """Add up the losses still on the device, all at once since a read waits for a GPU.
@@ -62,7 +62,7 @@ class Progress:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
 
     def mean_loss(self, runtime: Runtime) -> float:
-        """The mean loss of the epoch's examples, over all ranks."""
+        """The mean loss of the epoch's targets, over all ranks."""
         sums = runtime.gather([(self.loss_sum, self.weight_sum)])
         loss_sum, weight_sum = map(sum, zip(*sums, strict=True))
         if not weight_sum:

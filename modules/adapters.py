@@ -52,8 +52,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
                 f"the saved adapter does not match the model: {name} is "
                 f"{list(state[name].shape)} in the file but {list(parameter.shape)} in the model"
             )
-    for name, parameter in own.items():
-        parameter.data.copy_(state[name])
+    model.load_state_dict(state, strict=False)
 
 
 def chosen_layers(layers: tuple[int, ...] | None, n_layer: int) -> tuple[int, ...]:

@@ -13,12 +13,12 @@ from modules.onednn import agrees
 def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     """Unscaled dropout of x: y, its mask, and the scale such that y * scale is dropout(x).
 
-    On a CPU, the mask comes from the bytes of random 64-bit words. `F.dropout`, which draws a
-    random number for every element, takes fifteen times as long.
+    On a CPU, the mask comes from the bytes of random 64-bit words, unless p is near 0 or 1.
+    `F.dropout`, which draws a random number for every element, takes fifteen times as long.
     """
-    if x.device.type != "cpu":
+    n_dropped = round(256 * p)  # out of the 256 values of a byte
+    if x.device.type != "cpu" or not 4 <= n_dropped <= 252:
         return *torch.native_dropout(x, p, True), 1.0
-    n_dropped = min(255, round(256 * p))  # out of the 256 values of a byte
     seed = int(torch.randint(2**62, ()))  # so that PyTorch's seed determines the mask
     words = np.random.SFC64(seed).random_raw(math.ceil(x.numel() / 8))
     mask = torch.from_numpy(words).view(torch.uint8)[: x.numel()].view(x.shape)
@@ -42,7 +42,8 @@ def native_dropout_works(device: torch.device) -> bool:
 def drop_gradient(grad: Tensor, mask: Tensor, p: float) -> Tensor:
     """The gradient with respect to the x of `drop`, given that of its y."""
     if mask.dtype == torch.bool:
-        return torch.ops.aten.native_dropout_backward(grad, mask, 1 / (1 - p))
+        scale = 1 / (1 - p) if p < 1 else 0.0
+        return torch.ops.aten.native_dropout_backward(grad, mask, scale)
     return mask.to(grad.dtype).mul_(grad)
 
 

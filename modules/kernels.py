@@ -9,6 +9,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules.attention import CausalSelfAttention
 from modules.byte_dropout import ByteDropout, drop, drop_gradient, native_dropout_works
@@ -74,7 +75,7 @@ class FastLinear(nn.Linear):
     prepacked: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.prepacked is not None:
+        if self.prepacked is not None and not torch.is_grad_enabled():
             return prepacked_linear(x, self.prepacked, self.bias)
         if use_onednn(x):
             return OneDNNMatmul.apply(x, self.weight, self.bias)
@@ -127,6 +128,7 @@ class AttentionMatmul(torch.autograd.Function):
         return (dropped @ v).mul_(ctx.left).unflatten(0, ctx.heads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, weights, mask = ctx.saved_tensors
         grad = grad.flatten(0, 1) * ctx.left
@@ -187,6 +189,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total / len(h)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output: Tensor):
         return (ctx.saved_tensors[0] * grad_output).to(ctx.dtype), None, None, None
 

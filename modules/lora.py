@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, parts: tuple[bool, ...] = (True,)):
+        if isinstance(linear, LoRALinear) and not linear.merged:
+            raise UserError("the layer has a LoRA adapter already: merge it before adding another")
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -53,6 +55,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(self.weight.new_zeros(n * width, config.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.train(linear.training)
+        self.register_state_dict_pre_hook(_refuse_if_merged)
+        self.register_load_state_dict_pre_hook(_refuse_if_merged)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)  # W x + b
@@ -71,10 +75,13 @@ class LoRALinear(nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """W + (alpha/r) B A, [out,in]."""
-        if self.merged:
-            return self.weight
+        return self.weight if self.merged else self._plus(self.scale)
+
+    def _plus(self, scale: float) -> Tensor:
+        """W + scale B A, in the dtype of A even under autocast."""
         W = self.weight.to(self.lora_A.dtype)
-        return torch.addmm(W, self.block_B(), self.lora_A, alpha=self.scale)
+        with torch.autocast(W.device.type, enabled=False):
+            return torch.addmm(W, self.block_B(), self.lora_A, alpha=scale)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -87,9 +94,14 @@ class LoRALinear(nn.Linear):
     def unmerge(self) -> None:
         """Subtract the adapter from the weight again, exact to rounding in the weight's dtype."""
         if self.merged:
-            W = self.weight.to(self.lora_A.dtype)
-            self.weight.copy_(W.addmm(self.block_B(), self.lora_A, alpha=-self.scale))
+            self.weight.copy_(self._plus(-self.scale))
             self.merged = False
+
+
+def _refuse_if_merged(layer: LoRALinear, *args: Any) -> None:
+    """Raise UserError if a merged weight would be saved, or loaded, beside its adapter."""
+    if layer.merged:
+        raise UserError("LoRA is merged: unmerge it before saving or loading the state")
 
 
 def add_lora(gpt: nn.Module, config: LoRAConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules.byte_dropout import drop, drop_gradient
 from modules.lora import LoRALinear
@@ -21,14 +22,14 @@ class FastLoRALinear(LoRALinear):
     cast: tuple[Tensor, Tensor] | None = None  # A and B in autocast's dtype, during a forward
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.prepacked is not None:
+        if self.prepacked is not None and not torch.is_grad_enabled():
             return prepacked_linear(x, self.prepacked, self.bias)
-        if self.merged:
+        if self.merged or self.weight.requires_grad or self.bias.requires_grad:
             return super().forward(x)
         dtype = autocast_dtype(x.device) or x.dtype
         tensors = (x, self.weight, self.bias, *(self.cast or (self.lora_A, self.lora_B)))
         x, W, b, A, B = (tensor.to(dtype) for tensor in tensors)
-        p = self.dropout.p if self.training else 0.0
+        p = self.dropout.p if self.dropout.training else 0.0
         y = LoRAMatmul.apply(x.flatten(0, -2), W, b, A, B, self.scale, p, self.parts)
         return y.view(*x.shape[:-1], -1)
 
@@ -62,6 +63,7 @@ class LoRAMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor):
         dropped, mask, z, W, A, B = ctx.saved_tensors
         n, rows = sum(ctx.parts), _adapted(grad, ctx.parts)  # [n,N,O]

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # N * in * out of the smallest matmul worth the 0.6 MB of code that oneDNN keeps for its shape.
 MIN_SIZE = 5_000_000
@@ -72,6 +73,7 @@ class OneDNNMatmul(torch.autograd.Function):
         return matmul(x, W, b)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (x, W), (needs_x, needs_W, needs_b) = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.flatten(0, -2)  # [N,out]

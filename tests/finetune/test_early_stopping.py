@@ -54,6 +54,14 @@ def test_no_gain_counts_even_if_any_gain_does():
     assert s.should_stop
 
 
+@pytest.mark.parametrize("before", [0.5, 0.56, 0.57, 0.58, 0.7])
+def test_an_improvement_of_exactly_the_smallest_counts(before):
+    s = stopper(patience=1)
+    s.update({"x": before})
+    s.update({"x": round(before + 0.01, 2)})
+    assert not s.should_stop
+
+
 def test_negative_patience_is_refused():
     with pytest.raises(UserError, match="early_stopping_patience: -1 is not a whole number"):
         EarlyStoppingConfig(early_stopping_patience=-1)

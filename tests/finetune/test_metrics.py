@@ -151,6 +151,7 @@ def test_words_keep_their_apostrophes_and_nothing_else():
     assert words("  'Gainst Time’s scythe--and self-love, o'er") == [
         "gainst", "time's", "scythe", "and", "self", "love", "o'er",
     ]  # fmt: skip
+    assert words("Wingèd—DESPISÉD") == ["winged", "despised"]
 
 
 def test_a_copied_run_goes_over_line_ends_but_not_over_poems():

@@ -19,6 +19,16 @@ def test_share_and_scale_of_what_is_dropped(p):
     assert y.mean().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.parametrize("p", [0.001, 0.002, 0.999])
+def test_a_share_near_0_or_1_is_not_rounded(p):
+    torch.manual_seed(0)
+    x = torch.ones(1000, 2000, requires_grad=True)
+    y = ByteDropout(p)(x)
+    y.sum().backward()
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=2e-4)
+    assert torch.equal(x.grad, y)
+
+
 def test_every_byte_of_a_word_is_random_by_itself():
     torch.manual_seed(0)
     dropped = (ByteDropout(0.5)(torch.ones(50_000, 8)) == 0).float()

@@ -221,6 +221,8 @@ def test_a_prepacked_model_has_its_adapters_merged_and_keeps_its_weights(gpt, me
             found = gpt.hidden_state_to_token(gpt(ids)["last_hidden_state"].flatten(0, 1))
         with prepacked(gpt, 5, torch.bfloat16):
             assert layers[0](torch.randn(5, 32)).dtype == torch.bfloat16
+            with torch.enable_grad():  # training meanwhile keeps to the weights
+                assert layers[0](torch.randn(5, 32)).dtype == torch.float32
     assert torch.allclose(found.view(5, 9, -1), expected, atol=1e-4)
     assert all(torch.equal(p, weights[name]) for name, p in gpt.named_parameters())
     assert all(layer.prepacked is None for layer in layers)

@@ -7,7 +7,7 @@ from torch import nn
 
 from models.config import SIZES, GPT2Config
 from models.gpt2 import GPT2Model
-from modules.adapters import count_parameters
+from modules.adapters import adapter_state, count_parameters, load_adapter_state
 from modules.kernels import accelerate
 from modules.lora import (
     TARGETS,
@@ -120,6 +120,29 @@ def test_merging_changes_nothing_and_is_undone(gpt, targets):
     )
     assert torch.allclose(apart, again, atol=1e-4)
     assert all(torch.allclose(p, weights[name], atol=1e-6) for name, p in gpt.named_parameters())
+
+
+def test_a_merged_adapter_is_neither_saved_nor_replaced_nor_added_to(gpt):
+    add_lora(gpt, LoRAConfig(targets=("query",)))
+    with pytest.raises(UserError, match="has a LoRA adapter already: merge it before adding"):
+        add_lora(gpt, LoRAConfig(targets=("value",)))
+    state = gpt.state_dict()
+    merge_lora(gpt)
+    for use in (gpt.state_dict, lambda: gpt.load_state_dict(state)):
+        with pytest.raises(UserError, match="LoRA is merged: unmerge it before saving or loading"):
+            use()
+    with pytest.raises(UserError, match="LoRA is merged"):
+        load_adapter_state(gpt, adapter_state(gpt))
+    unmerge_lora(gpt)
+    gpt.load_state_dict(state)
+
+
+def test_merging_is_in_float32_even_under_autocast(gpt):
+    add_lora(gpt, LoRAConfig())
+    randomize(gpt)
+    expected = gpt.gpt_layers[0].out_dense.effective_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gpt.gpt_layers[0].out_dense.effective_weight(), expected)
 
 
 def test_targets_and_layers_choose_what_is_adapted(gpt):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules import lora_kernels
+from modules.adapters import trainable
 from modules.byte_dropout import ByteDropout
 from modules.kernels import accelerate
 from modules.lora import LoRAConfig, LoRALinear, add_lora
@@ -27,6 +28,7 @@ def test_the_backward_of_lora_is_the_formulas_with_the_mask_of_the_forward(libra
     lora = LoRALinear(nn.Linear(6, 12), LoRAConfig(rank=2, alpha=6, dropout=p), parts)
     nn.init.normal_(lora.lora_B)
     lora.weight.requires_grad_(False)
+    lora.bias.requires_grad_(False)
     x, weighting = torch.randn(5, 4, 6, requires_grad=True), torch.randn(5, 4, 12)
     lora.dropout.__class__ = ByteDropout
     inputs, results = [x, lora.lora_A, lora.lora_B], []
@@ -37,6 +39,27 @@ def test_the_backward_of_lora_is_the_formulas_with_the_mask_of_the_forward(libra
         results.append((y, *torch.autograd.grad((y * weighting).sum(), inputs)))
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results, strict=True))
     assert lora.weight.grad is None
+
+
+def test_weights_that_train_get_their_gradient(gpt):
+    add_lora(gpt, LoRAConfig(rank=2, dropout=0.0))
+    gpt.requires_grad_(True)
+    states = gpt(IDS)["last_hidden_state"]
+    expected = torch.autograd.grad(states.square().sum(), list(gpt.gpt_layers.parameters()))
+    accelerate(gpt.train(False))
+    states = gpt(IDS)["last_hidden_state"]
+    found = torch.autograd.grad(states.square().sum(), list(gpt.gpt_layers.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_second_derivative_is_refused(gpt):
+    add_lora(gpt, LoRAConfig(rank=2))
+    accelerate(gpt)
+    adapter = trainable(gpt)
+    loss = gpt(IDS)["last_hidden_state"].square().sum()
+    first = torch.autograd.grad(loss, adapter, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(grad.square().sum() for grad in first).backward()
 
 
 def test_nothing_is_kept_or_computed_for_an_input_without_gradient(gpt, monkeypatch):
