@@ -321,8 +321,8 @@ def load_sonnets(
     ids = [tokenize_sonnets(group, tokenizer, max_length) for group in groups]
     cut = sum(poem.ids[-1] != tokenizer.eos_token_id for group in ids for poem in group)
     print(
-        f"{len(train_poems)} poems to train on, {len(validation)} to validate, {len(dev_poems)} to "
-        f"continue and compare, {len(held_out_poems)} to continue; shortened {cut}"
+        f"{len(train_poems)} training, {len(validation)} validation, {len(dev_poems)} dev and "
+        f"{len(held_out_poems)} held-out poems" + (f"; shortened {cut}" if cut else "")
     )
     return SonnetData(train_poems, dev_poems, gold_poems, held_out_poems, *ids)
 

@@ -55,21 +55,21 @@ def main(args: argparse.Namespace) -> None:
     lora = peft_format.start_lora(gpt, lora, args.import_peft)
     model = ParaphraseGPT(gpt, datasets.answer_ids(tokenizer))
     machine.prepare(model)
-    score = metrics.ParaphraseScorer(model, dev, machine)
+    scorer = metrics.ParaphraseScorer(model, dev, machine)
 
     # Fit
-    fitted = None if args.predict_only else fit(args, run, model, train, score)
+    fitted = None if args.predict_only else fit(args, run, model, train, scorer)
 
     # Predict
-    best = run.load_adapter(model)
-    final = score.final()
+    best_epoch = run.load_adapter(model)
+    final = scorer.final()
     test_logits = metrics.paraphrase_logits(model, test, machine, "test")
 
     # Write
     if machine.is_main:
-        record = run.record(lora, best, fitted, final)
+        record = run.record(lora, best_epoch, fitted, final)
         contents = outputs.paraphrase_files(
-            record, dev=dev, dev_logits=score.logits, test=test, test_logits=test_logits
+            record, dev=dev, dev_logits=scorer.logits, test=test, test_logits=test_logits
         )
         files = run.write(record, contents)
         files |= peft_format.write_exports(run, gpt, lora, tokenizer)
@@ -82,7 +82,7 @@ def fit(
     run: Run,
     model: ParaphraseGPT,
     train: datasets.TokenizedPairs,
-    score: metrics.ParaphraseScorer,
+    scorer: metrics.ParaphraseScorer,
 ) -> loop.Fitted:
     """Train the adapter; dev accuracy decides which epoch is saved and when to stop."""
     optimizer = torch.optim.AdamW(
@@ -94,7 +94,7 @@ def fit(
         loss_function=paraphrase_loss,
         optimizer=optimizer,
         batches=datasets.PairBatches(train, args.batch_size, args.seed),
-        evaluate=score,
+        evaluate=scorer,
         stopper=EarlyStopper("dev_accuracy", "max", early_stopping),
         save_best=lambda record: run.save_adapter(model, record),
         config=arguments.config(loop.FitConfig, args),

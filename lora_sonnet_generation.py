@@ -59,21 +59,21 @@ def main(args: argparse.Namespace) -> None:
     machine.prepare(model)
     sampling = arguments.config(SamplingConfig, args)
     generator = SonnetGenerator(gpt, tokenizer, sampling, args.seed, machine)
-    score = metrics.SonnetScorer(model, generator, sonnets)
+    scorer = metrics.SonnetScorer(model, generator, sonnets)
 
     # Fit
-    untrained = {} if args.predict_only else score.before_training()
-    fitted = None if args.predict_only else fit(args, run, model, sonnets, score)
+    untrained = {} if args.predict_only else scorer.before_training()
+    fitted = None if args.predict_only else fit(args, run, model, sonnets, scorer)
 
     # Predict
-    best = run.load_adapter(model)
-    final = untrained | score.final()
+    best_epoch = run.load_adapter(model)
+    final = untrained | scorer.final()
     samples = [generator.write(sonnets.held_out, sample) for sample in range(args.num_samples)]
 
     # Write
     if machine.is_main:
-        record = run.record(lora, best, fitted, final)
-        contents = outputs.sonnet_files(record, samples, dev=score.poems, gold=sonnets.gold)
+        record = run.record(lora, best_epoch, fitted, final)
+        contents = outputs.sonnet_files(record, samples, dev=scorer.poems, gold=sonnets.gold)
         files = run.write(record, contents)
         files |= peft_format.write_exports(run, gpt, lora, tokenizer)
         run.finish()
@@ -85,13 +85,13 @@ def fit(
     run: Run,
     model: SonnetGPT,
     sonnets: datasets.SonnetData,
-    score: metrics.SonnetScorer,
+    scorer: metrics.SonnetScorer,
 ) -> loop.Fitted:
     """Train the adapter; validation loss decides which epoch is saved and when to stop."""
 
     def save_best(record: dict) -> None:
         run.save_adapter(model, record)
-        print(*map(outputs.format_sonnet, score.poems[:2]), sep="")
+        print(*map(outputs.format_sonnet, scorer.poems[:2]), sep="")
 
     optimizer = torch.optim.AdamW(
         trainable(model), lr=args.lr, weight_decay=args.weight_decay, eps=1e-6, fused=True
@@ -102,7 +102,7 @@ def fit(
         loss_function=sonnet_loss,
         optimizer=optimizer,
         batches=datasets.SonnetBatches(sonnets.train_ids, args.batch_size, args.seed),
-        evaluate=score,
+        evaluate=scorer,
         stopper=EarlyStopper("val_loss", "min", early_stopping),
         save_best=save_best,
         config=arguments.config(loop.FitConfig, args),

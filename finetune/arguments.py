@@ -73,13 +73,16 @@ def parse(
         description=description,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    help = "run offline on a CPU within minutes, with the bundled small model and data"
+    help = "run offline on a CPU within minutes, with the bundled small model and data, and with "
+    help += "settings for them, which --demo --help shows"
     parser.add_argument("--demo", action="store_true", help=help)
     method, title = adapter.method, {"lora": "LoRA", "reft": "ReFT"}[adapter.method]
     add_files(parser, task, method)
+    add_model(parser)
     add_settings(parser, title, adapter, prefix=f"{method}_")
-    add_settings(parser, "training", FitConfig)
+    add_settings(parser, "training", FitConfig, Amounts)
     add_settings(parser, "early stopping", EarlyStoppingConfig)
     if task == "sonnet":
         add_settings(parser, "generation", SamplingConfig, Samples)
@@ -88,6 +91,8 @@ def parse(
     parser.set_defaults(**defaults)
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**demo)
+    # Only now, so that --help shows the defaults of --demo, too.
+    parser.add_argument("-h", "--help", action="help", help="show this text and exit")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown[0], parser))
@@ -103,7 +108,10 @@ def parse(
 
 def _unknown(flag: str, parser: argparse.ArgumentParser) -> str:
     name = flag.partition("=")[0]
-    nearest = difflib.get_close_matches(name, re.findall(r"--\w+", parser.format_help()), n=1)
+    if not name.startswith("-"):
+        return f"unexpected argument {flag}"
+    flags = re.findall(r"--\w+", parser.format_help())
+    nearest = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
     return f"unknown flag {name}" + (f": did you mean {nearest[0]}?" if nearest else "")
 
 
@@ -202,17 +210,22 @@ def project_path(path: str) -> Path:
     return Path(os.path.relpath(ROOT / path))
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for the base checkpoint."""
+    group = parser.add_argument_group("model")
+    help = f"{', '.join(SIZES)} (bundled; the others come from the hub or its cache) [%(default)s]"
+    group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
+    help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
+    group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the flags for the model, the run's folder and modes, the hardware and the data size."""
+    """Add the flags for the run's folder and modes, and for the hardware."""
     group = parser.add_argument_group("run")
 
     def switch(name: str, help: str) -> None:
         group.add_argument(name, action="store_true", help=help)
 
-    help = f"{', '.join(SIZES)} (bundled; the others come from the hub or its cache) [%(default)s]"
-    group.add_argument("--model_size", choices=SIZES, default="gpt2", metavar="SIZE", help=help)
-    help = "a GPT-2 checkpoint in Hugging Face format, instead of --model_size"
-    group.add_argument("--model_path", type=Path, metavar="FOLDER", help=help)
     help = "folder in which each run gets its own folder [%(default)s]"
     default = project_path("runs")
     group.add_argument("--runs_dir", type=Path, default=default, metavar="FOLDER", help=help)
@@ -222,7 +235,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     switch("--tensorboard", "write TensorBoard logs to the run's folder")
     switch("--debug", "also show the traceback of an error")
     add_settings(parser, "hardware", RuntimeConfig)
-    add_settings(parser, "data size and seed", Amounts)
 
 
 def add_exchange(parser: argparse.ArgumentParser, method: str) -> None:

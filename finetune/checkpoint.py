@@ -88,7 +88,7 @@ class ResumeFile:
                 "--overwrite starts it over"
             )
         if wanted and not found:
-            print(f"{path} does not exist: starting from scratch")
+            print(f"{path} does not exist: nothing to resume, starting this run from scratch")
         state = runtime.from_main(lambda: _read_state(path, conditions)) if found else None
         return cls(path, conditions, runtime, state)
 

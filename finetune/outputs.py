@@ -15,10 +15,10 @@ from finetune.metrics import pair_table
 SONNETS_HEADER = "--Generated Sonnets-- \n\n"
 FORMATS = {  # key of a run's record -> how its value is shown
     "trainable_parameters": "{:,}",
-    "train_seconds": "{:.1f} s",
-    "examples_per_second": "{:,.1f} per second",
-    "tokens_per_second": "{:,.0f} per second",
-    "peak_memory_mb": "{:,.0f} MB",
+    "train_seconds": "{:.1f}",
+    "examples_per_second": "{:,.1f}",
+    "tokens_per_second": "{:,.0f}",
+    "peak_memory_mb": "{:,.0f}",
 }
 
 

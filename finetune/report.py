@@ -182,7 +182,20 @@ def describe_run(record: dict[str, Any]) -> list[str]:
         f"trained in {record['train_seconds']:,.0f} s on {record['device']}"
         f"{f' with {processes} processes' if processes > 1 else ''}, "
         f"peak memory {record['peak_memory_mb']:,.0f} MB.",
+        *_describe_decoding(record),
     ]
+
+
+def _describe_decoding(record: dict[str, Any]) -> list[str]:
+    """A sentence on how the poems shown were written, none for pairs."""
+    how, trained_with = record["predicted_with"], record["arguments"]
+    if record["task"] != "sonnet":
+        return []
+    sampled = f"sampled at temperature {how['temperature']:g}, top-p {how['top_p']:g}"
+    text = f"Poems shown are {'decoded greedily' if how['greedy'] else sampled}"
+    names = [name for name in ("temperature", "top_p", "greedy") if name in trained_with]
+    differs = any(how[name] != trained_with[name] for name in names)
+    return [text + ("; the chrF by epoch is of the training run's decoding." if differs else ".")]
 
 
 def _describe_adapter(adapter: dict[str, Any]) -> str:

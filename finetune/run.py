@@ -16,7 +16,13 @@ from torch import nn
 from finetune.checkpoint import ResumeFile, load_adapter, save_adapter
 from finetune.ending import Finished
 from finetune.files import check_free, check_writable, lock, write_files
-from finetune.identity import OUTPUT_FLAGS, PREDICTION_FLAGS, RESUME_FLAGS, Identity
+from finetune.identity import (
+    INPUT_FLAGS,
+    OUTPUT_FLAGS,
+    PREDICTION_FLAGS,
+    RESUME_FLAGS,
+    Identity,
+)
 from finetune.outputs import SONNETS_HEADER, TensorBoardLog
 from finetune.progress import Fitted
 from finetune.runtime import Runtime
@@ -57,6 +63,7 @@ class Run:
         nor `--overwrite` is given, or if there is no adapter to predict with, and OSError if
         another process is working on it or an output cannot be written.
         """
+        _check_inputs(flags)  # before a checkpoint is downloaded
         base = find_checkpoint(flags["model_path"] or flags["model_size"])
         identity = Identity.of(flags, task, adapter, base)
         if flags["predict_only"] and flags.get("import_peft"):
@@ -72,9 +79,11 @@ class Run:
                 check_writable(path)
         if not flags["predict_only"]:
             if not flags["overwrite"] and runtime.from_main(lambda: is_finished(folder)):
+                unused = [n for n in ("export_peft", "export_merged", "tensorboard") if flags[n]]
+                ignored = f"; ignored: --{', --'.join(unused)}" if unused else ""
                 raise Finished(
                     f"{folder} is a finished run of this command: --predict_only writes its files "
-                    "again, --overwrite trains it anew"
+                    f"again, --overwrite trains it anew{ignored}"
                 )
             resume = _open_resume_file(folder, identity, flags, runtime)
         elif identity.epochs:
@@ -128,7 +137,7 @@ class Run:
 
     def write(self, record: dict[str, Any], contents: dict[str, str | bytes]) -> dict[str, Path]:
         """Write the record and the contents (keys as in FILES), as one set, to the run's folder
-        and to where they are shown; returns the latter paths.
+        and to where they are shown; returns the folder and the latter paths.
         """
         text = json.dumps(record, indent=2, allow_nan=False, default=str) + "\n"
         contents = {**contents, "metrics": text}
@@ -150,7 +159,7 @@ class Run:
                     _remove_poems(path)  # of an earlier prediction
         finally:
             held.release()
-        return {key: shown[key] for key in contents}
+        return {"folder": self.folder} | {key: shown[key] for key in contents}
 
     def _kept(self, key: str) -> Path:
         return self.folder / FILES[key].format(**self.identity.adapter_metadata())
@@ -243,6 +252,16 @@ def _some_names(folders: list[Path]) -> str:
     return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
 
 
+def _check_inputs(flags: dict[str, Any]) -> None:
+    """Raise UserError if a data file does not exist."""
+    for name in INPUT_FLAGS:
+        if name in flags and name != "import_peft" and not flags[name].exists():
+            raise UserError(
+                f"{flags[name]} does not exist: see data/README.md for where to get it, "
+                "or try --demo"
+            )
+
+
 def _open_resume_file(
     folder: Path, identity: Identity, flags: dict[str, Any], runtime: Runtime
 ) -> ResumeFile:
@@ -261,6 +280,8 @@ def _check_trained(folder: Path, identity: Identity) -> None:
         return
     if is_finished(folder):
         raise UserError(f"{path} was removed: --overwrite trains the run again")
+    if (folder / STATE).exists():
+        raise UserError(f"{folder} has not finished an epoch: continue with --resume")
     begin, task = f"{identity.method}-", f"-{identity.task}-"
     names = [path.name for path in finished_runs(folder.parent)]
     names = [name for name in names if name.startswith(begin) and task in name]

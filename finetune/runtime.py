@@ -42,7 +42,7 @@ class RuntimeConfig:
     use_gpu: bool = setting(False, "use CUDA, or else Apple's MPS")
     precision: str = setting(
         "auto",
-        "auto is bf16, but fp16 on GPUs without bf16 and fp32 on a CPU or MPS [auto]",
+        "fp32, bf16, fp16 or auto: bf16, but fp16 on GPUs without bf16 and fp32 on a CPU or MPS",
         choices=("auto", *PRECISIONS),
     )
     compile: bool = setting(False, "use torch.compile, which takes a minute or two to start")
@@ -267,7 +267,9 @@ def _find_device(use_gpu: bool, world_size: int, local_rank: int) -> torch.devic
             f"torch=={torch.__version__.partition('+')[0]} for an older CUDA (pytorch.org shows "
             "the command)"
         )
-    raise UserError("--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS")
+    raise UserError(
+        "--use_gpu: PyTorch finds neither a CUDA GPU nor Apple's MPS: leave it out to use the CPU"
+    )
 
 
 def _choose_kernels(deterministic: bool) -> None:

@@ -68,8 +68,8 @@ def top_p_sample(
 
     Nucleus sampling (Holtzman et al. 2019): keep the most probable tokens until their mass reaches
     `top_p`, but at least one. Sorting would take longer than the model, so a token is drawn from
-    the whole vocabulary; if the more probable tokens alone have a mass of `top_p`, it is drawn
-    again from them only.
+    the whole vocabulary; if the more probable tokens alone have a mass of `top_p`, it is not kept,
+    nor is any less probable one, and another is drawn from the more probable ones only.
     """
     p = (logits / temperature).softmax(1)
     if p.device.type == "mps" or torch.are_deterministic_algorithms_enabled():

@@ -48,7 +48,10 @@ class Positions:
         return cls(first, last)
 
     def of(self, position: Tensor, prompt_length: Tensor) -> Tensor:
-        """Bool [N,1], True for tokens to intervene on; `position` and `prompt_length` are [N]."""
+        """Bool [N,1], True for tokens to intervene on; `position` and `prompt_length` are [N].
+
+        In a prompt of 7 tokens, f2+l3 are positions 0, 1, 4, 5, 6; in one of 3, positions 0 and 2.
+        """
         half = prompt_length // 2
         to_end = prompt_length - position  # 1 for the last position of the prompt
         first = position < half.clamp(max=self.first)
@@ -67,7 +70,7 @@ class ReFTConfig:
     dropout: float = setting(0.0, "dropout on what is added to the hidden states", least=0, below=1)
     activation: str | None = setting(
         None,
-        "[relu for type adapter; linear for the others, as in the paper]",
+        "of the edit [relu for type adapter; linear for the others, as in the paper]",
         choices=ACTIVATIONS,
     )
     locations: tuple[str, ...] = setting(
@@ -116,7 +119,10 @@ class Intervention(nn.Module):
 
 
 class Adapter(Intervention):
-    """h + (alpha/r) W_up act(W_down h); initially W_up = 0. This project's own variant."""
+    """h + (alpha/r) W_up act(W_down h); initially W_up = 0.
+
+    A bottleneck adapter (Houlsby et al. 2019, arXiv 1902.00751) without biases, scaled as in LoRA.
+    """
 
     def __init__(self, width: int, config: ReFTConfig):
         super().__init__(width, config)
@@ -222,7 +228,10 @@ def orthonormalize(model: nn.Module) -> None:
 
 
 def add_reft(gpt: nn.Module, config: ReFTConfig) -> None:
-    """Install interventions at the hook points of a loaded GPT-2 and freeze all its weights."""
+    """Install interventions at the hook points of a loaded GPT-2 and freeze all its weights.
+
+    LoReFT and DiReFT also need `orthonormalize(gpt)` after each optimizer step, as in `fit`.
+    """
     width = gpt.config.n_embd
     if config.rank > width:
         raise UserError(f"ReFT rank {config.rank} exceeds the model's width, {width}")

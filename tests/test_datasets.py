@@ -301,5 +301,5 @@ def test_poems_too_long_for_the_model_are_counted(nano_tokenizer, capsys):
     load(nano_tokenizer, 512)
     load(nano_tokenizer, 60)  # prompts fit, whole poems do not
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("; shortened 0")
+    assert first.endswith("2 held-out poems")
     assert second.endswith("; shortened 12")

@@ -1,8 +1,9 @@
 """Fine-tune all weights, as a baseline for the adapters.
 
-    python -m tests.benchmarks.full lora_paraphrase_detection --model_size gpt2-nano --lr 3e-4 ...
+    python -m tests.benchmarks.full lora_paraphrase_detection --runs_dir runs-full --lr 3e-5 ...
 
-This runs the LoRA script with the whole model in place of the adapter.
+This runs the LoRA script with the whole model in place of the adapter. Its runs need a folder of
+their own, because they are named as those of LoRA.
 """
 
 import importlib

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.pairs import read_pairs
 from finetune.arguments import DATA
 from tests.benchmarks import generation, results, train_step
 from tests.benchmarks.peers import Worker, find_model, matrix_rate, take_turns
@@ -72,12 +73,13 @@ def startup_rows(pairs: Path, n_long: int) -> list[Row]:
     """Seconds from the command to the end of the first step."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = {f"{pairs.name}": pairs, f"{n_long:,} pairs": repeated(pairs, n_long, Path(folder))}
+        files = {len(read_pairs(pairs, True).ids): pairs}
+        files[n_long] = repeated(pairs, n_long, Path(folder))
         for size, words in SIZES.items():
             model = find_model(train_step.get_args(words))
-            for title, path in files.items():
+            for n, path in files.items():
                 seconds = seconds_to_first_step(path, model)
-                rows.append({"time to first step": f"{size}, {title}", "seconds": seconds})
+                rows.append({"time to first step": f"{size}, {n:,} pairs", "seconds": seconds})
     return rows
 
 

@@ -34,7 +34,7 @@ def test_the_final_table_has_a_line_for_each_result_and_file():
         "val loss              4.5000",
         "rhyming pairs         0.05 (Shakespeare 0.75)",
         "trainable parameters  1,327,104",
-        "train seconds         12.3 s",
+        "train seconds         12.3",
         "report                a.html",
     ]
 

@@ -45,7 +45,8 @@ def make_record(task: str, **changes) -> dict:
     record |= {"model": "gpt2", "date": "2025-01-31T12:30:00+01:00", "device": "cpu"}
     record |= {"trainable_parameters": 1327104, "total_parameters": 125766912, "processes": 1}
     record |= {"train_seconds": 64.2, "peak_memory_mb": 402.3, "versions": {"torch": "2"}}
-    record |= {"predicted_with": {"top_p": 0.9} if task == "sonnet" else {}, "revision": None}
+    decoding = {"top_p": 0.9, "temperature": 1.2, "greedy": False}
+    record |= {"predicted_with": decoding if task == "sonnet" else {}, "revision": None}
     return (
         record | {"arguments": flags, "adapter": LORA, "history": history, "final": final} | changes
     )
@@ -211,7 +212,13 @@ def test_the_settings_are_said_in_words():
 def test_the_settings_name_an_intervention_a_limit_an_early_stop_and_processes():
     record = make_record("sonnet", adapter=REFT, method="reft", processes=2)
     record["arguments"] |= {"limit_train": 1200, "epochs": 1}
-    adapter, training, cost = report.describe_run(record)
+    adapter, training, cost, decoding = report.describe_run(record)
+    assert decoding == "Poems shown are sampled at temperature 1.2, top-p 0.9."
+    record["predicted_with"]["greedy"] = True
+    record["arguments"]["greedy"] = False
+    assert report.describe_run(record)[3] == (
+        "Poems shown are decoded greedily; the chrF by epoch is of the training run's decoding."
+    )
     assert adapter == (
         "ReFT (loreft) with rank 4, alpha 16, dropout 0, activation linear, at prompt "
         "positions f2+l2 after attention in blocks 0 and 3 of gpt2."

@@ -28,6 +28,7 @@ def parsed(*argv: str | Path, method: str = "lora", task: str = "paraphrase"):
     if task == "paraphrase":
         demo["para_train"] = arguments.DATA / "sample-pairs-train.csv"
         demo["para_dev"] = arguments.DATA / "sample-pairs-dev.csv"
+        demo["para_test"] = arguments.DATA / "sample-pairs-test.csv"
     return arguments.parse(
         "A script.",
         task=task,
@@ -62,8 +63,10 @@ def test_a_finished_run_says_so_and_what_can_be_done(opened):
     run.write(record(run), {"para_dev_out": "1"})
     run.finish()
     for flags in ([], ["--resume"]):
-        with pytest.raises(Finished, match="--predict_only .* again, --overwrite trains it anew"):
+        with pytest.raises(Finished, match="--predict_only .* again, --overwrite trains it anew$"):
             opened(*flags)
+    with pytest.raises(Finished, match="trains it anew; ignored: --export_peft, --tensorboard$"):
+        opened("--export_peft", "a", "--tensorboard")
     assert finished_runs(run.folder.parent) == [run.folder]
     again = opened("--overwrite")
     assert finished_runs(run.folder.parent) == [run.folder]  # until the first save
@@ -97,6 +100,7 @@ def test_shown_files_are_of_one_run(opened, tmp_path):
     shown = second.write(record(second), {"sonnet_out": "two", "report": "s"})
     assert shown["report"].name == "lora-sonnet-report.html"
     metrics = shown.pop("metrics")
+    assert shown.pop("folder") == second.folder
     assert json.loads(metrics.read_text())["name"] == second.identity.name
     assert metrics.name == "lora-sonnet-metrics.json"
     names = {metrics.name, *(path.name for path in shown.values())}
@@ -129,8 +133,8 @@ def test_an_imported_adapter_predicts_until_the_command_is_trained(opened, tmp_p
     assert untrained.load_adapter(None)["epoch"] == 0
     trained = opened(*flags)
     assert trained.identity.name != untrained.identity.name
-    trained.resume.save({})
-    with pytest.raises(UserError, match="train first"):  # not the imported one meanwhile
+    trained.resume.save({})  # while it is trained, the imported one is not used
+    with pytest.raises(UserError, match="has not finished an epoch: continue with --resume"):
         opened(*flags, "--predict_only")
     adapter_path(trained.folder, trained.identity.name).write_bytes(b"")
     predicting = opened(*flags, "--predict_only")
