@@ -63,7 +63,7 @@ class _Drop(torch.autograd.Function):
 
 
 class ByteDropout(nn.Dropout):
-    """x * mask / (1 - p), with p rounded to a multiple of 1/256 in both the mask and the scale."""
+    """x * mask / (1 - p); unless near 0 or 1, p is a multiple of 1/256 in mask and scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Drop.apply(x, self.p) if self.training and self.p else x
