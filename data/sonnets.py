@@ -136,7 +136,8 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
     is_open = False  # whether lines belong to the last poem
     skipped, highest = -1, math.inf  # the last number skipped; the highest that may follow
     for i, line in enumerate(lines):
-        is_below_blank = is_open and poems[-1].lines and not lines[i - 1].strip()
+        is_below_blank = poems and poems[-1].lines and not lines[i - 1].strip()
+        is_end = bool(END.match(line) or THE_END.fullmatch(line))
         if i in starts:
             may_follow = not poems or poems[-1].number < starts[i] <= highest
             if is_open or (may_follow and starts[i] != skipped + 1):
@@ -144,16 +145,21 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
                 is_open = True
             else:
                 skipped = starts[i]
-        elif is_below_blank and END.match(line):
-            break
-        elif is_below_blank and (THE_END.fullmatch(line) or _is_title(line)):
-            following, is_end = poems[-1].number + 1, bool(THE_END.fullmatch(line))
-            is_open, skipped, highest = False, -1, following if is_end else math.inf
-            if not is_end or following in [starts[j] for j in starts if j > i]:
+        elif is_below_blank and (END.match(line) or (is_open and (is_end or _is_title(line)))):
+            if not is_end or _has_more_poems(lines, starts, i, poems[-1].number):
                 print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
+            if END.match(line):
+                break
+            is_open, skipped, highest = False, -1, poems[-1].number + 1 if is_end else math.inf
         elif is_open:
             poems[-1].lines.extend(poem_lines(line))
     return poems
+
+
+def _has_more_poems(lines: list[str], starts: dict[int, int], end: int, number: int) -> bool:
+    """True if a higher number below the line `end` has some lines of text below it."""
+    later = [i for i in starts if i > end and starts[i] > number]
+    return any(sum(map(bool, map(str.strip, lines[i + 1 : i + 9]))) >= GIVEN_LINES for i in later)
 
 
 def _warn(path: str | Path, poems: list[_Poem]) -> None:

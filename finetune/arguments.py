@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -73,7 +74,6 @@ def parse(
         description=description,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
-        add_help=False,
     )
     help = "run offline on a CPU within minutes, with the bundled small model and data, and with "
     help += "settings for them, which --demo --help shows"
@@ -89,10 +89,8 @@ def parse(
     add_run(parser)
     add_exchange(parser, method)
     parser.set_defaults(**defaults)
-    if parser.parse_known_args(argv)[0].demo:
+    if "--demo" in (sys.argv[1:] if argv is None else argv):  # before parsing, for --help
         parser.set_defaults(**demo)
-    # Only now, so that --help shows the defaults of --demo, too.
-    parser.add_argument("-h", "--help", action="help", help="show this text and exit")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown[0], parser))

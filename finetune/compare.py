@@ -86,7 +86,7 @@ def read_records(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         try:
             record = run.read_record(folder)
-            records.setdefault((record["name"], record.get("date")), record)
+            records.setdefault((record["name"], *conditions(record).items()), record)
         except UserError as error:
             print(f"left out: {error}")
     return list(records.values())

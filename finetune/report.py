@@ -160,7 +160,7 @@ def describe_run(record: dict[str, Any]) -> list[str]:
     """Sentences that say what was trained, how, on which files, and at what cost."""
     adapter = f"{_method(record)} with {_describe_adapter(record['adapter'])} of {record['model']}."
     if not _panel_titles(record):
-        return [adapter, "It was imported, not trained here."]
+        return [adapter, "It was imported, not trained here.", *_describe_decoding(record)]
     flags, n_epochs = record["arguments"], record["arguments"]["epochs"]
     data = Path(flags["para_train" if record["task"] == "paraphrase" else "sonnet_path"]).name
     if flags["limit_train"]:
@@ -173,7 +173,8 @@ def describe_run(record: dict[str, Any]) -> list[str]:
         f"seed {flags['seed']}."
     )
     if "train_seconds" not in record:
-        return [adapter, training, "Training is unfinished; this is the best epoch so far."]
+        so_far = "Training is unfinished; this is the best epoch so far."
+        return [adapter, training, so_far, *_describe_decoding(record)]
     n_run, processes = len(record["history"]), record["processes"]
     return [
         adapter,
@@ -187,14 +188,15 @@ def describe_run(record: dict[str, Any]) -> list[str]:
 
 
 def _describe_decoding(record: dict[str, Any]) -> list[str]:
-    """A sentence on how the poems shown were written, none for pairs."""
-    how, trained_with = record["predicted_with"], record["arguments"]
+    """A sentence on how the poems shown were written; none for pairs."""
     if record["task"] != "sonnet":
         return []
-    sampled = f"sampled at temperature {how['temperature']:g}, top-p {how['top_p']:g}"
-    text = f"Poems shown are {'decoded greedily' if how['greedy'] else sampled}"
-    names = [name for name in ("temperature", "top_p", "greedy") if name in trained_with]
-    differs = any(how[name] != trained_with[name] for name in names)
+    how, trained_with = record["predicted_with"], record["arguments"]
+    names = {"temperature", "top_p", "greedy", "repetition_penalty", "no_repeat_ngram_size"}
+    names -= {"temperature", "top_p"} if how["greedy"] else set()
+    text = f"sampled at temperature {how['temperature']:g}, top-p {how['top_p']:g}"
+    text = f"Poems shown are {'decoded greedily' if how['greedy'] else text}"
+    differs = any(how[name] != trained_with[name] for name in names & trained_with.keys())
     return [text + ("; the chrF by epoch is of the training run's decoding." if differs else ".")]
 
 

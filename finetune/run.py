@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, replace
@@ -253,13 +254,12 @@ def _some_names(folders: list[Path]) -> str:
 
 
 def _check_inputs(flags: dict[str, Any]) -> None:
-    """Raise UserError if a data file does not exist."""
+    """Raise UserError if a file or folder to read does not exist."""
+    hint = "" if flags["demo"] else ", or try --demo"
     for name in INPUT_FLAGS:
-        if name in flags and name != "import_peft" and not flags[name].exists():
-            raise UserError(
-                f"{flags[name]} does not exist: see data/README.md for where to get it, "
-                "or try --demo"
-            )
+        if flags.get(name) and not os.path.exists(flags[name]):
+            where = f": see data/README.md for where to get it{hint}"
+            raise UserError(f"{flags[name]} does not exist{'' if name == 'import_peft' else where}")
 
 
 def _open_resume_file(

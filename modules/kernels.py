@@ -41,7 +41,8 @@ def accelerate(model: nn.Module) -> None:
       NextTokenLoss        logits for 128 states at a time (1024 on a GPU), with their gradient
                            computed in the forward
     On a CPU:
-      nn.Dropout           masks cut from random 64-bit words; p is rounded to a multiple of 1/256
+      nn.Dropout           masks cut from random 64-bit words; p, unless near 0 or 1, is rounded to
+                           a multiple of 1/256
       CausalSelfAttention  custom backward under dropout; two small matmuls for a single query
       nn.Linear            oneDNN where MKL lacks code for the CPU; `prepacked` for decoding
       malloc               glibc keeps freed memory for the next step

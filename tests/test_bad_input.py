@@ -314,7 +314,7 @@ RUNS = [  # script, what is prepared, flags, what is said
         MODEL,
         "the tokenizer in model cannot",
     ),
-    (LP, None, f"{PEFT} peft", "peft is not a PEFT adapter: it has no adapter_config"),
+    (LP, None, f"{PEFT} peft", "peft does not exist"),
     (LP, lambda: peft(lora_alpha="x"), f"{PEFT} peft", "no numeric lora_alpha"),
     (LP, lambda: peft(use_dora=True), f"{PEFT} peft", "use_dora is True, but only plain LoRA"),
     (LP, lambda: peft(), f"{PEFT} peft", "adapter_model.safetensors cannot be read: "),

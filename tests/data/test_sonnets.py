@@ -161,6 +161,19 @@ def test_a_number_after_the_end_is_no_poem(tmp_path, capsys, after):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("end", ["THE END", "End of Project Gutenberg's Sonnets, part 1"])
+def test_poems_left_out_after_an_end_are_reported(tmp_path, capsys, end):
+    text = numbered(range(1, 4)) + f"{end}\n\n" + numbered(range(5, 8))
+    path = sonnet_file(tmp_path, text)
+    assert [poem.number for poem in read_sonnets(path)] == [1, 2, 3]
+    assert f": left out {end!r} and the text below it\n" in capsys.readouterr().out
+
+
+def test_the_footer_is_left_out_after_another_end(tmp_path):
+    text = numbered(range(1, 4)) + "THE END\n\n*** END OF THE PROJECT\n\n4\nA\nB\nC\n"
+    assert len(read_sonnets(sonnet_file(tmp_path, text))) == 3
+
+
 @pytest.mark.parametrize("before", ["Produced by A.", "A story.\n\nChapter one"])
 def test_the_book_with_the_poems_is_read(tmp_path, capsys, before):
     text = f"*** START OF THE PROJECT GUTENBERG EBOOK X ***\n\n{before}\n\n"

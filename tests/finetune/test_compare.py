@@ -176,7 +176,9 @@ def test_a_link_to_a_run_and_a_copy_of_it_do_not_count(tmp_path, run_compare):
     shutil.copytree(tmp_path / name, tmp_path / "copy")
     assert [row[1] for row in rows_of(run_compare())] == ["1"]
     assert [row[1] for row in rows_of(run_compare(name, tmp_path / "copy"))] == ["1"]
-    edit(tmp_path / "copy" / RECORD, date="2026-01-01", processes=2)  # trained again elsewhere
+    edit(tmp_path / "copy" / RECORD, date="2026-01-01")  # trained again
+    assert [row[1] for row in rows_of(run_compare())] == ["1"]
+    edit(tmp_path / "copy" / RECORD, processes=2)
     assert [row[1] for row in rows_of(run_compare())] == ["1", "1"]
 
 
