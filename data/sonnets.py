@@ -159,7 +159,8 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
 def _has_more_poems(lines: list[str], starts: dict[int, int], end: int, number: int) -> bool:
     """True if a higher number below the line `end` has some lines of text below it."""
     later = [i for i in starts if i > end and starts[i] > number]
-    return any(sum(map(bool, map(str.strip, lines[i + 1 : i + 9]))) >= GIVEN_LINES for i in later)
+    below = [[line for line in lines[i + 1 : i + 9] if line.strip()] for i in later]
+    return any(len(verse) >= GIVEN_LINES for verse in below)
 
 
 def _warn(path: str | Path, poems: list[_Poem]) -> None:
