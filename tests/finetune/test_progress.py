@@ -1,9 +1,13 @@
-"""The bars: what they write where no person looks."""
+"""The mean loss of an epoch, and the bars: what they write where no person looks."""
 
 import io
 import sys
 
+import torch
+
+from datasets import Share
 from finetune import progress
+from finetune.runtime import Runtime
 
 
 def written(monkeypatch, seconds: float, is_terminal: bool) -> list[str]:
@@ -34,3 +38,11 @@ def test_without_a_terminal_what_takes_seconds_writes_nothing(monkeypatch):
 
 def test_on_a_terminal_a_bar_moves(monkeypatch):
     assert len(written(monkeypatch, 20, is_terminal=True)) > 100
+
+
+def test_the_mean_loss_is_that_of_all_targets():
+    epoch, batch = progress.Progress(), {"attention_mask": torch.ones(2, 20)}
+    for n_targets, loss in ((30, 1.0), (10, 5.0)):
+        epoch.count(batch, Share(2, n_targets, 1.0), torch.tensor(loss))
+    assert epoch.read_losses(skip_infinite=False) == 2.0
+    assert epoch.mean_loss(Runtime(torch.device("cpu"))) == 2.0
