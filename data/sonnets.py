@@ -137,7 +137,7 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
     skipped, highest = -1, math.inf  # the last number skipped; the highest that may follow
     for i, line in enumerate(lines):
         is_below_blank = poems and poems[-1].lines and not lines[i - 1].strip()
-        is_end = bool(END.match(line) or THE_END.fullmatch(line))
+        is_footer, is_end = bool(END.match(line)), bool(THE_END.fullmatch(line))
         if i in starts:
             may_follow = not poems or poems[-1].number < starts[i] <= highest
             if is_open or (may_follow and starts[i] != skipped + 1):
@@ -145,10 +145,11 @@ def _numbered_poems(path: str | Path, lines: list[str]) -> list[_Poem]:
                 is_open = True
             else:
                 skipped = starts[i]
-        elif is_below_blank and (END.match(line) or (is_open and (is_end or _is_title(line)))):
-            if not is_end or _has_more_poems(lines, starts, i, poems[-1].number):
+        elif is_below_blank and (is_footer or (is_open and (is_end or _is_title(line)))):
+            is_other_work = not (is_footer or is_end)
+            if is_other_work or _has_more_poems(lines, starts, i, poems[-1].number):
                 print(f"{path}, line {i + 1}: left out {line.strip()!r} and the text below it")
-            if END.match(line):
+            if is_footer:
                 break
             is_open, skipped, highest = False, -1, poems[-1].number + 1 if is_end else math.inf
         elif is_open:

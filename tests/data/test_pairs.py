@@ -106,7 +106,7 @@ def test_a_quote_is_a_character_in_glues_qqp(tmp_path):
     assert pairs.left_out == {"the wrong number of fields": [3]}
 
 
-def test_quotes_of_quoras_tab_separated_file_are_as_in_csv(tmp_path):
+def test_quotes_around_most_fields_of_a_tab_separated_file_are_as_in_csv(tmp_path):
     text = (
         '"id"\t"question1"\t"question2"\n'
         '"0"\t"What is ""it""?"\t"B?"\n'
